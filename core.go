@@ -1,0 +1,245 @@
+package raft
+
+import (
+	"math/rand/v2"
+	"time"
+)
+
+// core is Figure 2: the state of one server and the rules that change it. It
+// has no lock, no clock, no goroutine and does no I/O: every method is one
+// transition, given the time, and what the world must do next collects in out.
+// The server drives it behind ConsensusModule.step, the simulator directly.
+type core struct {
+	limits limits
+	self   memberID
+	rng    *rand.Rand // the dice of election deadlines
+	now    time.Time  // set before each transition
+
+	// Persistent state on all servers (Figure 2).
+	currentTerm Term
+	votedFor    memberID
+	log         raftLog
+
+	// Volatile state on all servers.
+	role             Role
+	leader           memberID // of currentTerm, 0 if unknown
+	commitIndex      Index
+	configuration    configuration
+	electionDeadline time.Time // a follower or candidate campaigns then; a leader checks its quorum
+	lastContact      time.Time // with the leader
+	campaign         *campaign // while asking for votes or pre-votes
+	wanted           Index     // somebody here waits to see this entry applied
+	failure          error     // why the role is Dead
+
+	// Volatile state on leaders.
+	progress        []*progress // of every other member, by ascending ID
+	appendSeq       uint64
+	firstOfTerm     Index     // the no-op that this leader appended at its election
+	lastTime        time.Time // of the newest entry; stamps never decrease
+	matchesScratch  []Index
+	contactsScratch []time.Time
+
+	// What was handed to storage, and what of it is durable.
+	lsn          LSN // of the newest save
+	durableLSN   LSN
+	hardLSN      LSN // of the newest save of the hard state
+	hardSaved    HardState
+	unsynced     []stagedEntries
+	durableIndex Index // entries up to here are durable
+
+	out effects
+}
+
+// limits are the parts of Config that the rules need.
+type limits struct {
+	electionTimeout    time.Duration
+	heartbeatInterval  time.Duration
+	preVote            bool
+	checkQuorum        bool
+	gatherBytes        int // a second frame in flight waits until this much has gathered
+	maxFrameBytes      int // of entries in one append
+	maxInflight        int // appends to one follower
+	maxInflightBytes   int
+	maxTailBytes       int // of entries in memory that are durable
+	maxUncommittedSize int // bytes of entries a leader has appended and not committed
+}
+
+// stagedEntries remembers up to where a save extended the log.
+type stagedEntries struct {
+	lsn  LSN
+	last Index
+}
+
+// HardState is what a server must remember across a crash beside its log
+// (Figure 2, "persistent state on all servers").
+type HardState struct {
+	Term     Term
+	VotedFor uint64 // the number of a membership, 0 for nobody
+}
+
+// effects are what the world must do after a transition.
+type effects struct {
+	save    *Save          // hand to storage, in order
+	msgs    []message      // hand to the outbox
+	hangups []memberID     // close the append connection to these
+	reads   []entryRequest // entries that are on disk only
+	events  []Event
+}
+
+// entryRequest asks for entries for a follower that is further behind than
+// memory reaches. The answer enters through entriesRead.
+type entryRequest struct {
+	to          memberID
+	lo, hi      Index
+	maxBytes    int
+	term        Term
+	truncations uint64
+}
+
+// newCore continues from what storage recovered. The configuration is the
+// newest one in the log.
+func newCore(self memberID, l limits, rec Recovered, conf configuration, rng *rand.Rand, now time.Time) *core {
+	c := &core{
+		limits:        l,
+		self:          self,
+		rng:           rng,
+		now:           now,
+		currentTerm:   rec.HardState.Term,
+		votedFor:      memberID(rec.HardState.VotedFor),
+		log:           newRaftLog(rec.Start, rec.Last, rec.Runs, rec.Tail),
+		commitIndex:   rec.Start.Index,
+		configuration: conf,
+		hardSaved:     rec.HardState,
+		durableIndex:  rec.Last,
+	}
+	c.log.evict(l.maxTailBytes, c.durableIndex)
+	c.armElection()
+	c.emit(Event{Kind: EventStarted})
+	return c
+}
+
+// finish ends a transition: it derives what must be saved by comparing with
+// what was handed out before, gives each message the position it needs, and
+// returns all effects. Nobody ever asks for a save by hand, so none can be
+// forgotten.
+func (c *core) finish() effects {
+	if c.role == Leader {
+		c.sendAppends()
+	}
+	if c.role != Dead {
+		c.out.save = c.deriveSave()
+		for i := range c.out.msgs {
+			m := &c.out.msgs[i]
+			m.needs = c.hardLSN
+			if m.match > 0 {
+				m.needs = max(m.needs, c.positionOf(m.match))
+			}
+		}
+	}
+	out := c.out
+	c.out = effects{}
+	return out
+}
+
+func (c *core) deriveSave() *Save {
+	hard := HardState{c.currentTerm, uint64(c.votedFor)}
+	changed := hard != c.hardSaved
+	moved := c.log.start != c.log.savedStart
+	if !changed && !moved && c.log.saved == c.log.last {
+		return nil
+	}
+	c.lsn++
+	s := &Save{LSN: c.lsn}
+	if changed {
+		s.HardState = &hard
+		c.hardSaved = hard
+		c.hardLSN = c.lsn
+	}
+	if moved {
+		start := c.log.start
+		s.Start = &start
+		c.log.savedStart = start
+	}
+	if c.log.saved < c.log.last {
+		s.Entries, _ = c.log.from(c.log.saved+1, c.log.last, int(^uint(0)>>1))
+		c.unsynced = append(c.unsynced, stagedEntries{c.lsn, c.log.last})
+		c.log.saved = c.log.last
+	}
+	return s
+}
+
+// positionOf returns the position at which entry i is durable, 0 if it is now.
+func (c *core) positionOf(i Index) LSN {
+	if i <= c.durableIndex {
+		return 0
+	}
+	for _, u := range c.unsynced {
+		if i <= u.last {
+			return u.lsn
+		}
+	}
+	panic(invariantError("entry %d was never handed to storage", i))
+}
+
+// persisted takes note that everything up to lsn is durable. An entry that was
+// truncated since it was staged is not confirmed by it: truncateLog has
+// shortened what lsn stands for.
+func (c *core) persisted(lsn LSN, took time.Duration) {
+	if c.role == Dead || lsn <= c.durableLSN {
+		return
+	}
+	c.durableLSN = lsn
+	n := 0
+	for n < len(c.unsynced) && c.unsynced[n].lsn <= lsn {
+		c.durableIndex = max(c.durableIndex, c.unsynced[n].last)
+		n++
+	}
+	c.unsynced = append(c.unsynced[:0], c.unsynced[n:]...)
+	c.log.evict(c.limits.maxTailBytes, c.durableIndex)
+	if c.role == Leader {
+		c.advanceCommit()
+	} else if took > c.limits.heartbeatInterval {
+		c.armElection() // our disk was slow; that says nothing about the leader
+	}
+}
+
+// truncateLog removes entry from and all after it, also from what is known to
+// be durable: their positions confirm nothing any more.
+func (c *core) truncateLog(from Index) {
+	c.log.truncate(from)
+	c.durableIndex = min(c.durableIndex, from-1)
+	for i := range c.unsynced {
+		c.unsynced[i].last = min(c.unsynced[i].last, from-1)
+	}
+}
+
+// compact forgets entries up to and including i, which must be applied.
+func (c *core) compact(i Index) {
+	if c.role == Dead {
+		return
+	}
+	if i > c.commitIndex || i > c.durableIndex {
+		panic(invariantError("compact at %d beyond commit %d or durable %d", i, c.commitIndex, c.durableIndex))
+	}
+	c.log.compact(i)
+}
+
+// die ends the node: no transition does anything afterwards. A nil error is a
+// deliberate stop.
+func (c *core) die(err error) {
+	if c.role == Dead {
+		return
+	}
+	c.role = Dead
+	c.failure = err
+	c.leader, c.campaign, c.progress = 0, nil, nil
+	c.out.msgs, c.out.reads = nil, nil
+	c.emit(Event{Kind: EventDead, Err: err})
+}
+
+func (c *core) emit(e Event) {
+	e.Time, e.Term = c.now, c.currentTerm
+	c.out.events = append(c.out.events, e)
+}
+
+func (c *core) send(m message) { c.out.msgs = append(c.out.msgs, m) }

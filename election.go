@@ -1,0 +1,222 @@
+package raft
+
+import "time"
+
+// campaign counts the answers to one round of pre-votes or votes.
+type campaign struct {
+	preVote bool
+	term    Term       // asked for
+	granted []memberID // ascending arrival; self first
+}
+
+// armElection draws a new deadline from [T, 2T), so that split votes are rare
+// and identical nodes do not stay in step (§5.2).
+func (c *core) armElection() {
+	t := c.limits.electionTimeout
+	timeout := t + time.Duration(c.rng.Int64N(int64(t)))
+	c.electionDeadline = c.now.Add(timeout)
+	c.emit(Event{Kind: EventElectionTimer, Duration: timeout})
+}
+
+// deferElection is armElection for a message from the leader: many a second,
+// so it is not an event.
+func (c *core) deferElection() {
+	t := c.limits.electionTimeout
+	c.electionDeadline = c.now.Add(t + time.Duration(c.rng.Int64N(int64(t))))
+}
+
+// tick is the election timer: a follower or candidate whose deadline has
+// passed campaigns; a leader checks that it still has a quorum. (§5.2, thesis 6.2)
+func (c *core) tick() {
+	switch {
+	case c.role == Dead || c.now.Before(c.electionDeadline):
+	case c.role == Leader:
+		c.checkQuorum()
+	default:
+		c.startCampaign()
+	}
+}
+
+// startCampaign asks for pre-votes first, unless they are switched off, so
+// that a node which can't win does not disturb the others with its term. §9.6
+// of the thesis.
+func (c *core) startCampaign() {
+	if !c.configuration.voter(c.self) {
+		c.armElection()
+		return
+	}
+	if !c.limits.preVote {
+		c.becomeCandidate(false)
+		return
+	}
+	if c.role == Candidate {
+		c.role = Follower // the votes of this term are lost; ask again before raising it
+	}
+	c.leader = 0
+	c.ask(&campaign{preVote: true, term: c.currentTerm + 1}, false)
+}
+
+// becomeCandidate starts an election: §5.2. Its requests leave only when the
+// own vote is durable.
+func (c *core) becomeCandidate(transfer bool) {
+	c.role = Candidate
+	c.leader = 0
+	c.currentTerm++
+	c.votedFor = c.self
+	c.emit(Event{Kind: EventRole, Role: Candidate})
+	c.ask(&campaign{term: c.currentTerm}, transfer)
+}
+
+func (c *core) ask(k *campaign, transfer bool) {
+	k.granted = []memberID{c.self}
+	c.campaign = k
+	c.armElection()
+	if k.preVote {
+		c.emit(Event{Kind: EventPreVote})
+	}
+	for _, m := range c.configuration.members {
+		if m.id != c.self && !m.learner {
+			c.send(message{to: m.id, vote: &voteArgs{
+				Term: k.term, Candidate: c.self, Last: c.log.lastID(), PreVote: k.preVote, Transfer: transfer,
+			}})
+		}
+	}
+	c.countVotes()
+}
+
+func (c *core) countVotes() {
+	k := c.campaign
+	if !c.configuration.quorum(k.granted) {
+		return
+	}
+	c.campaign = nil
+	if k.preVote {
+		c.becomeCandidate(false)
+		return
+	}
+	c.emit(Event{Kind: EventElected, Votes: len(k.granted)})
+	c.becomeLeader()
+}
+
+// onVoteRequest answers RequestVote (Figure 2) and its pre-vote form. It asks
+// neither whether the candidate nor whether this server is a voter: our
+// configuration may be older than theirs.
+func (c *core) onVoteRequest(a *voteArgs, token any) {
+	if c.role == Dead {
+		return
+	}
+	granted := false
+	switch {
+	case a.Term < c.currentTerm || c.protectsLeader(a):
+	case a.PreVote:
+		// Nothing changes here, not even the time of the last contact: a
+		// granted pre-vote is an opinion, not a promise.
+		granted = a.Term > c.currentTerm && c.upToDate(a.Last)
+	default:
+		if a.Term > c.currentTerm {
+			c.becomeFollower(a.Term, 0)
+		}
+		granted = (c.votedFor == 0 || c.votedFor == a.Candidate) && c.role == Follower && c.upToDate(a.Last)
+		if granted {
+			c.votedFor = a.Candidate
+			c.campaign = nil
+			c.armElection()
+			c.emit(Event{Kind: EventVoted, Peer: a.Candidate.label(c)})
+		}
+	}
+	c.send(message{to: a.Candidate, token: token, voteReply: &voteReply{Term: c.currentTerm, Granted: granted}})
+}
+
+// protectsLeader tells whether the request must be refused without looking at
+// its term, because this server has a leader (thesis 4.2.3). It depends on
+// check-quorum: without it a leader that nobody else hears could stay for ever.
+func (c *core) protectsLeader(a *voteArgs) bool {
+	if c.role == Leader && !c.configuration.has(a.Candidate) {
+		return true // a server that is no member never deposes a leader
+	}
+	if !c.limits.checkQuorum || a.Transfer {
+		return false
+	}
+	if c.role == Leader {
+		return true
+	}
+	return c.leader != 0 && c.leader != a.Candidate && c.now.Sub(c.lastContact) < c.limits.electionTimeout
+}
+
+// upToDate: the log with the later last term, then the longer one (§5.4.1).
+func (c *core) upToDate(other EntryID) bool {
+	own := c.log.lastID()
+	return other.Term > own.Term || other.Term == own.Term && other.Index >= own.Index
+}
+
+// onVoteReply counts a vote if it answers the campaign that is still on.
+func (c *core) onVoteReply(from memberID, a *voteArgs, r *voteReply) {
+	if c.role == Dead || c.stepDownFor(from, r.Term) {
+		return
+	}
+	k := c.campaign
+	if k == nil || a.PreVote != k.preVote || a.Term != k.term || !r.Granted {
+		return
+	}
+	for _, id := range k.granted {
+		if id == from {
+			return
+		}
+	}
+	k.granted = append(k.granted, from)
+	c.countVotes()
+}
+
+// stepDownFor obeys a higher term in a reply (§5.1), if it is a member's.
+func (c *core) stepDownFor(from memberID, term Term) bool {
+	if term <= c.currentTerm || !c.configuration.has(from) {
+		return false
+	}
+	c.becomeFollower(term, 0)
+	return true
+}
+
+// becomeFollower adopts term, and leader if it is known (§5.1). Only a new
+// term frees the vote.
+func (c *core) becomeFollower(term Term, leader memberID) {
+	if term < c.currentTerm {
+		panic(invariantError("term %d back to %d", c.currentTerm, term))
+	}
+	newTerm := term > c.currentTerm
+	if newTerm {
+		c.currentTerm, c.votedFor = term, 0
+	}
+	if c.role != Follower || newTerm {
+		c.emit(Event{Kind: EventRole, Role: Follower})
+	}
+	if c.role == Leader {
+		c.progress = nil
+		c.armElection() // a leader's deadline was for its quorum
+	}
+	c.role = Follower
+	c.campaign = nil
+	if leader != c.leader {
+		c.leader = leader
+		if leader != 0 {
+			c.emit(Event{Kind: EventLeader, Peer: leader.label(c)})
+		}
+	}
+}
+
+// becomeLeader: §5.2, and §8 for the no-op that lets entries of earlier terms
+// be committed (§5.4.2).
+func (c *core) becomeLeader() {
+	c.role = Leader
+	c.leader = c.self
+	c.appendSeq = 0
+	c.progress = nil
+	for _, m := range c.configuration.members {
+		if m.id != c.self {
+			c.progress = append(c.progress, &progress{id: m.id, learner: m.learner, next: c.log.last + 1, lastContact: c.now})
+		}
+	}
+	c.electionDeadline = c.now.Add(c.limits.electionTimeout)
+	c.emit(Event{Kind: EventRole, Role: Leader})
+	c.firstOfTerm = c.log.last + 1
+	c.appendLocal(makeEntry(entryNoop, EntryID{c.firstOfTerm, c.currentTerm}, c.stamp(), nil))
+}

@@ -1,0 +1,112 @@
+package raft
+
+import (
+	"fmt"
+	"time"
+)
+
+// Role is a server's state in the sense of Figure 4 of the paper. Dead is a
+// server that was stopped or failed.
+type Role byte
+
+const (
+	Follower Role = iota
+	Candidate
+	Leader
+	Dead
+)
+
+func (r Role) String() string {
+	switch r {
+	case Follower:
+		return "Follower"
+	case Candidate:
+		return "Candidate"
+	case Leader:
+		return "Leader"
+	}
+	return "Dead"
+}
+
+// EventKind says what an Event reports and which of its fields are set.
+type EventKind byte
+
+const (
+	EventStarted          EventKind = iota + 1 // the core runs
+	EventRole                                  // Role
+	EventElectionTimer                         // Duration until this node campaigns
+	EventPreVote                               // this node asks whether it could win
+	EventElected                               // Votes
+	EventVoted                                 // for Peer
+	EventLeader                                // Peer leads Term
+	EventQuorumLost                            // a leader hears no majority and steps down
+	EventTruncated                             // entries from Index on conflicted and were removed
+	EventFollowerStarved                       // Peer needs entries from Index on, which were compacted
+	EventFollowerLostData                      // Peer acknowledged Index and no longer has it
+	EventDead                                  // Err, nil for a deliberate stop
+	EventForming                               // Detail says which founders are missing
+	EventFormed                                // the cluster exists
+	EventConnection                            // Peer, Err, Detail
+	EventApplyFailed                           // Index, Err
+)
+
+// Event is something that happened on a node. Events are plain values.
+type Event struct {
+	Time     time.Time
+	Node     NodeID
+	Kind     EventKind
+	Term     Term
+	Role     Role
+	Peer     NodeID
+	Index    Index
+	Duration time.Duration
+	Votes    int
+	Err      error
+	Detail   string
+	Dropped  uint64 // events missed before this one, because the reader was slow
+}
+
+// String returns the event as one line without time and node.
+func (e Event) String() string {
+	switch e.Kind {
+	case EventStarted:
+		return fmt.Sprintf("starts, term=%d", e.Term)
+	case EventRole:
+		if e.Role == Candidate {
+			return fmt.Sprintf("becomes Candidate (currentTerm=%d)", e.Term)
+		}
+		return fmt.Sprintf("becomes %s, term=%d", e.Role, e.Term)
+	case EventElectionTimer:
+		return fmt.Sprintf("election timer started (%v), term=%d", e.Duration.Round(time.Millisecond), e.Term)
+	case EventPreVote:
+		return fmt.Sprintf("asks for pre-votes for term %d", e.Term+1)
+	case EventElected:
+		return fmt.Sprintf("wins election with %d votes, term=%d", e.Votes, e.Term)
+	case EventVoted:
+		return fmt.Sprintf("votes for %s, term=%d", e.Peer, e.Term)
+	case EventLeader:
+		return fmt.Sprintf("follows %s, term=%d", e.Peer, e.Term)
+	case EventQuorumLost:
+		return fmt.Sprintf("hears no majority, gives leadership up, term=%d", e.Term)
+	case EventTruncated:
+		return fmt.Sprintf("truncates the log from %d on, term=%d", e.Index, e.Term)
+	case EventFollowerStarved:
+		return fmt.Sprintf("can't serve %s: entry %d was compacted", e.Peer, e.Index)
+	case EventFollowerLostData:
+		return fmt.Sprintf("%s no longer has entry %d, which it acknowledged", e.Peer, e.Index)
+	case EventDead:
+		if e.Err == nil {
+			return "becomes Dead"
+		}
+		return fmt.Sprintf("becomes Dead: %v", e.Err)
+	case EventForming:
+		return "is forming a cluster: " + e.Detail
+	case EventFormed:
+		return "cluster is formed: " + e.Detail
+	case EventConnection:
+		return fmt.Sprintf("connection with %s: %s: %v", e.Peer, e.Detail, e.Err)
+	case EventApplyFailed:
+		return fmt.Sprintf("stops applying at entry %d: %v", e.Index, e.Err)
+	}
+	return fmt.Sprintf("event %d", e.Kind)
+}

@@ -1,0 +1,148 @@
+package raft
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"slices"
+)
+
+// Member is one server of a cluster.
+type Member struct {
+	ID      NodeID // unique within the cluster, never empty
+	Addr    string // host:port where the others reach it
+	Learner bool   // receives the log and does not vote
+}
+
+// member is a Member with the number of its membership.
+type member struct {
+	id      memberID
+	name    NodeID
+	addr    string
+	learner bool
+}
+
+// configuration is who belongs to the cluster, as of one entry of the log. A
+// server uses the newest one in its log, committed or not (§6).
+type configuration struct {
+	clusterUUID [16]byte
+	members     []member // by ascending id
+}
+
+func (conf *configuration) find(id memberID) *member {
+	for i := range conf.members {
+		if conf.members[i].id == id {
+			return &conf.members[i]
+		}
+	}
+	return nil
+}
+
+func (conf *configuration) byName(name NodeID) *member {
+	for i := range conf.members {
+		if conf.members[i].name == name {
+			return &conf.members[i]
+		}
+	}
+	return nil
+}
+
+func (conf *configuration) has(id memberID) bool { return conf.find(id) != nil }
+
+func (conf *configuration) voter(id memberID) bool {
+	m := conf.find(id)
+	return m != nil && !m.learner
+}
+
+func (id memberID) label(c *core) NodeID {
+	if m := c.configuration.find(id); m != nil {
+		return m.name
+	}
+	if id == 0 {
+		return ""
+	}
+	return NodeID(fmt.Sprintf("#%d", id))
+}
+
+// encode returns the data of a configuration entry (docs/FORMAT.md).
+func (conf *configuration) encode() []byte {
+	b := append([]byte{1}, conf.clusterUUID[:]...)
+	b = binary.AppendUvarint(b, uint64(len(conf.members)))
+	for _, m := range conf.members {
+		flags := byte(0)
+		if m.learner {
+			flags = 1
+		}
+		b = append(binary.AppendUvarint(b, uint64(m.id)), flags)
+		b = appendString(appendString(b, string(m.name)), m.addr)
+	}
+	return b
+}
+
+var errConfiguration = errors.New("raft: configuration entry is malformed")
+
+func decodeConfiguration(b []byte) (configuration, error) {
+	var conf configuration
+	if len(b) < 17 || b[0] != 1 {
+		return conf, errConfiguration
+	}
+	r := reader{b: b[1:]}
+	copy(conf.clusterUUID[:], r.bytes(16))
+	n := r.uvarint()
+	for i := uint64(0); i < n && r.err == nil; i++ {
+		m := member{id: memberID(r.uvarint())}
+		if f := r.bytes(1); r.err == nil {
+			m.learner = f[0]&1 != 0
+		}
+		m.name, m.addr = NodeID(r.string()), r.string()
+		conf.members = append(conf.members, m)
+	}
+	if r.err != nil || len(r.b) != 0 {
+		return configuration{}, errConfiguration
+	}
+	if !slices.IsSortedFunc(conf.members, func(a, b member) int { return int(int64(a.id) - int64(b.id)) }) {
+		return configuration{}, errConfiguration
+	}
+	return conf, nil
+}
+
+func appendString(b []byte, s string) []byte {
+	return append(binary.AppendUvarint(b, uint64(len(s))), s...)
+}
+
+// reader takes fields off the front of b. After the first error every field is zero.
+type reader struct {
+	b   []byte
+	err error
+}
+
+var errShort = errors.New("raft: message is shorter than its fields")
+
+func (r *reader) bytes(n uint64) []byte {
+	if r.err != nil || n > uint64(len(r.b)) {
+		r.err = errShort
+		return nil
+	}
+	out := r.b[:n:n]
+	r.b = r.b[n:]
+	return out
+}
+
+func (r *reader) uvarint() uint64 {
+	v, n := binary.Uvarint(r.b)
+	if r.err != nil || n <= 0 {
+		r.err = errShort
+		return 0
+	}
+	r.b = r.b[n:]
+	return v
+}
+
+func (r *reader) uint64() uint64 {
+	if b := r.bytes(8); b != nil {
+		return binary.LittleEndian.Uint64(b)
+	}
+	return 0
+}
+
+func (r *reader) string() string { return string(r.bytes(r.uvarint())) }

@@ -1,0 +1,168 @@
+package raft
+
+import "slices"
+
+// pending knows who waits for which entry and what each is told. It is pure:
+// the applier and the simulator drive the same one. A proposal waits for the
+// entry (index, term) it became. Once another entry is applied at that index,
+// it can never be (State Machine Safety, §5.4.3): the truthful answer is a
+// rejection.
+type pending struct {
+	groups  []pendingGroup
+	waits   []appliedWait // by ascending index
+	applied Index
+
+	// While proposals are at the leader their index is not known here, and the
+	// entry may be applied before the leader's answer arrives.
+	forwards  int
+	kept      []keptResults
+	keptBytes int
+	maxKept   int
+}
+
+type pendingGroup struct {
+	first     EntryID
+	proposals []*Proposal
+}
+
+type appliedWait struct {
+	index Index
+	done  chan struct{}
+}
+
+type keptResults struct {
+	entries Entries
+	results [][]byte
+}
+
+// add registers proposals that became the entries from first on. It returns
+// those that are settled already.
+func (w *pending) add(first EntryID, ps []*Proposal) (settled []*Proposal) {
+	n := 0
+	if first.Index <= w.applied {
+		n = int(min(Index(len(ps)), w.applied-first.Index+1))
+		for i, p := range ps[:n] {
+			w.lookup(EntryID{first.Index + Index(i), first.Term}, p)
+			settled = append(settled, p)
+		}
+	}
+	if n < len(ps) {
+		w.groups = append(w.groups, pendingGroup{EntryID{first.Index + Index(n), first.Term}, ps[n:]})
+	}
+	return settled
+}
+
+// lookup settles a proposal whose entry was applied before anybody knew that
+// it is this proposal's.
+func (w *pending) lookup(id EntryID, p *Proposal) {
+	for _, k := range w.kept {
+		if id.Index < k.entries.First() || id.Index > k.entries.Last() {
+			continue
+		}
+		i := int(id.Index - k.entries.First())
+		settle(p, k.entries, i, id.Term, k.results)
+		return
+	}
+	p.err = outcomeUnknown(errResultDropped)
+}
+
+func settle(p *Proposal, e Entries, i int, term Term, results [][]byte) {
+	id := EntryID{e.First() + Index(i), e.term(i)}
+	if id.Term != term {
+		p.err = ErrSuperseded
+		return
+	}
+	p.result = Result{Index: id.Index, Term: id.Term, Data: results[i]}
+}
+
+// onApplied settles whoever waits for these entries and returns the proposals
+// and waits to wake. results has one element per entry.
+func (w *pending) onApplied(e Entries, results [][]byte, settled []*Proposal, woken []chan struct{}) ([]*Proposal, []chan struct{}) {
+	w.applied = e.Last()
+	if w.forwards > 0 {
+		w.keep(e, results)
+	}
+	groups := w.groups[:0]
+	for _, g := range w.groups {
+		n := 0
+		for n < len(g.proposals) && g.first.Index+Index(n) <= e.Last() {
+			settle(g.proposals[n], e, int(g.first.Index+Index(n)-e.First()), g.first.Term, results)
+			n++
+		}
+		settled = append(settled, g.proposals[:n]...)
+		if n < len(g.proposals) {
+			groups = append(groups, pendingGroup{EntryID{g.first.Index + Index(n), g.first.Term}, g.proposals[n:]})
+		}
+	}
+	clear(w.groups[len(groups):])
+	w.groups = groups
+	n := 0
+	for n < len(w.waits) && w.waits[n].index <= w.applied {
+		woken = append(woken, w.waits[n].done)
+		n++
+	}
+	w.waits = slices.Delete(w.waits, 0, n)
+	return settled, woken
+}
+
+func (w *pending) keep(e Entries, results [][]byte) {
+	w.kept = append(w.kept, keptResults{e, results})
+	w.keptBytes += e.size()
+	for w.keptBytes > w.maxKept && len(w.kept) > 1 {
+		w.keptBytes -= w.kept[0].entries.size()
+		w.kept = slices.Delete(w.kept, 0, 1)
+	}
+}
+
+func (w *pending) forwardBegins() { w.forwards++ }
+
+func (w *pending) forwardEnds() {
+	if w.forwards--; w.forwards == 0 {
+		w.kept, w.keptBytes = nil, 0
+	}
+}
+
+// wait returns a channel that is closed once entry i is applied.
+func (w *pending) wait(i Index) chan struct{} {
+	done := make(chan struct{})
+	if i <= w.applied {
+		close(done)
+		return done
+	}
+	at, _ := slices.BinarySearchFunc(w.waits, i, func(a appliedWait, i Index) int {
+		if a.index <= i {
+			return -1
+		}
+		return 1
+	})
+	w.waits = slices.Insert(w.waits, at, appliedWait{i, done})
+	return done
+}
+
+// cancel gives up a wait.
+func (w *pending) cancel(done chan struct{}) {
+	w.waits = slices.DeleteFunc(w.waits, func(a appliedWait) bool { return a.done == done })
+}
+
+// highest returns the highest index that anybody waits for, 0 if nobody does.
+func (w *pending) highest() (i Index) {
+	if n := len(w.waits); n > 0 {
+		i = w.waits[n-1].index
+	}
+	for _, g := range w.groups {
+		i = max(i, g.first.Index+Index(len(g.proposals))-1)
+	}
+	return i
+}
+
+// stop settles every proposal with err, which says that its outcome is not known.
+func (w *pending) stop(err error) (settled []*Proposal) {
+	for _, g := range w.groups {
+		for _, p := range g.proposals {
+			p.err = err
+			settled = append(settled, p)
+		}
+	}
+	w.groups, w.waits, w.kept = nil, nil, nil
+	return settled
+}

@@ -1,0 +1,82 @@
+package raft
+
+import "time"
+
+// progressState says how the leader sends to one follower.
+type progressState byte
+
+const (
+	probing   progressState = iota // one append at a time, looking for where the logs agree
+	streaming                      // a window of appends
+)
+
+// progress is what the leader knows of one follower: nextIndex and matchIndex
+// of Figure 2, and its window of unanswered appends.
+type progress struct {
+	id        memberID
+	learner   bool
+	state     progressState
+	next      Index // the next entry to send
+	match     Index // highest entry known to be durable there
+	matchTerm Term  // its term, kept because the log may be compacted there
+
+	inflight      []sentAppend // unanswered appends, oldest first
+	inflightBytes int
+	epoch         uint64 // answers to appends with a lower Seq are of a window given up
+	reading       bool   // entries for it are being read from disk
+	starving      bool   // what it needs was compacted
+
+	lastContact  time.Time // any answer of this term
+	lastProgress time.Time // an append was answered, or the first of a window was sent
+	wanted       Index     // it waits to see this entry committed
+	commitSent   Index     // the highest commit index it was told
+}
+
+type sentAppend struct {
+	seq   uint64
+	bytes int
+}
+
+func (p *progress) sent(seq uint64, bytes int, now time.Time) {
+	if len(p.inflight) == 0 {
+		p.lastProgress = now
+	}
+	p.inflight = append(p.inflight, sentAppend{seq, bytes})
+	p.inflightBytes += bytes
+}
+
+// answered frees seq and everything sent before it: one connection answers in
+// order. It returns false if seq is of a window given up or was freed before.
+func (p *progress) answered(seq uint64, now time.Time) bool {
+	n := 0
+	for n < len(p.inflight) && p.inflight[n].seq <= seq {
+		p.inflightBytes -= p.inflight[n].bytes
+		n++
+	}
+	if n == 0 {
+		return false
+	}
+	known := p.inflight[n-1].seq == seq
+	p.inflight = append(p.inflight[:0], p.inflight[n:]...)
+	p.lastProgress = now
+	return known
+}
+
+// probeFrom gives the window up and looks for agreement again, from next on.
+func (p *progress) probeFrom(next Index, seq uint64) {
+	p.state = probing
+	p.next = max(next, p.match+1)
+	p.inflight, p.inflightBytes = p.inflight[:0], 0
+	p.epoch = seq + 1
+}
+
+// mayStream tells whether another append with `ready` bytes of entries may
+// leave. Appends are pulled by answers rather than pushed by proposals: a
+// second one leaves early, further ones only when enough has gathered to be
+// worth a disk write of its own.
+func (p *progress) mayStream(l *limits, ready int) bool {
+	if len(p.inflight) < 2 {
+		return true
+	}
+	return len(p.inflight) < l.maxInflight && p.inflightBytes < l.maxInflightBytes && ready >= l.gatherBytes
+}

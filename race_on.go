@@ -1,0 +1,6 @@
+//go:build race
+
+package raft
+
+// raceEnabled: invariants are checked after every step in race builds.
+const raceEnabled = true

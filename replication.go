@@ -1,0 +1,312 @@
+package raft
+
+import "time"
+
+// stamp returns the time for a new entry: wall time, never decreasing along the log.
+func (c *core) stamp() time.Time {
+	if c.now.After(c.lastTime) {
+		c.lastTime = c.now
+	}
+	return c.lastTime
+}
+
+// propose appends commands to the leader's log: §5.3. It returns the first
+// entry's ID, and false if this server does not lead.
+func (c *core) propose(b *entryBuilder) (EntryID, bool) {
+	if c.role != Leader {
+		return EntryID{}, false
+	}
+	first := EntryID{c.log.last + 1, c.currentTerm}
+	c.appendLocal(b.seal(first.Index, first.Term, c.stamp()))
+	return first, true
+}
+
+// hasRoom tells whether a leader may append more: what is not committed is bounded.
+func (c *core) hasRoom() bool {
+	return c.uncommittedBytes() < c.limits.maxUncommittedSize
+}
+
+func (c *core) uncommittedBytes() (n int) {
+	for i := len(c.log.tail) - 1; i >= 0 && c.log.tail[i].Last() > c.commitIndex; i-- {
+		n += c.log.tail[i].size()
+	}
+	return n
+}
+
+func (c *core) appendLocal(e Entries) {
+	c.log.append(e)
+	// The own disk has confirmed nothing yet: commitIndex does not move here.
+}
+
+// heartbeat is the leader's ticker (§5.2). It keeps followers from
+// campaigning, tells them the commit index, and gives up windows that nobody
+// answers.
+func (c *core) heartbeat() {
+	if c.role != Leader {
+		return
+	}
+	if c.checkQuorum(); c.role != Leader {
+		return
+	}
+	for _, p := range c.progress {
+		if len(p.inflight) > 0 && c.now.Sub(p.lastProgress) >= c.limits.electionTimeout {
+			p.probeFrom(p.match+1, c.appendSeq)
+			c.out.hangups = append(c.out.hangups, p.id)
+		}
+		commit := min(c.commitIndex, p.match)
+		c.send(message{to: p.id, append: &appendArgs{
+			Term: c.currentTerm, Leader: c.self, Prev: EntryID{p.match, p.matchTerm}, Commit: commit, Heartbeat: true,
+		}})
+		p.commitSent = max(p.commitSent, commit)
+	}
+}
+
+// sendAppends runs at the end of every transition of a leader, so that no rule
+// has to remember that it made something sendable.
+func (c *core) sendAppends() {
+	for _, p := range c.progress {
+		c.sendTo(p)
+	}
+}
+
+// sendTo sends a follower whatever its window allows.
+func (c *core) sendTo(p *progress) {
+	for p.next <= c.log.last {
+		if p.reading || p.state == probing && len(p.inflight) > 0 {
+			return
+		}
+		if p.next <= c.log.start.Index {
+			c.starve(p)
+			return
+		}
+		if p.state == streaming && !p.mayStream(&c.limits, c.readyBytes(p.next)) {
+			return
+		}
+		entries, ok := c.log.from(p.next, c.log.last, c.limits.maxFrameBytes)
+		if !ok {
+			p.reading = true
+			c.out.reads = append(c.out.reads, entryRequest{
+				to: p.id, lo: p.next, hi: c.log.firstInMemory() - 1, maxBytes: c.limits.maxFrameBytes,
+				term: c.currentTerm, truncations: c.log.truncations,
+			})
+			return
+		}
+		c.sendEntries(p, entries)
+	}
+	if p.state == streaming && len(p.inflight) == 0 && p.commitSent < min(p.wanted, c.commitIndex) {
+		c.sendEntries(p, nil) // somebody waits there: commit is pushed at once
+	}
+}
+
+// readyBytes returns how many bytes of entries from lo on wait in memory, as
+// far as it matters for the window.
+func (c *core) readyBytes(lo Index) (n int) {
+	for i := len(c.log.tail) - 1; i >= 0 && n < c.limits.gatherBytes; i-- {
+		e := c.log.tail[i]
+		if e.first < lo {
+			if e.Last() >= lo {
+				n += e.slice(int(lo-e.first), e.Len()).size()
+			}
+			break
+		}
+		n += e.size()
+	}
+	return n
+}
+
+func (c *core) sendEntries(p *progress, entries []Entries) {
+	prev := p.next - 1
+	prevTerm, ok := c.log.term(prev)
+	if !ok {
+		if prev != p.match {
+			c.starve(p)
+			return
+		}
+		prevTerm = p.matchTerm
+	}
+	c.appendSeq++
+	a := &appendArgs{
+		Term: c.currentTerm, Leader: c.self, Seq: c.appendSeq,
+		Prev: EntryID{prev, prevTerm}, Commit: c.commitIndex, Entries: entries,
+	}
+	p.sent(a.Seq, a.size(), c.now)
+	p.next = a.lastIndex() + 1
+	p.commitSent = max(p.commitSent, min(c.commitIndex, a.lastIndex()))
+	c.send(message{to: p.id, append: a})
+}
+
+// starve notes that a follower needs entries that were compacted.
+func (c *core) starve(p *progress) {
+	if !p.starving {
+		p.starving = true
+		c.emit(Event{Kind: EventFollowerStarved, Peer: p.id.label(c), Index: p.next})
+	}
+}
+
+// entriesRead continues sending with entries that came from disk. They are
+// dropped unless they are still this leader's and still what the follower needs.
+func (c *core) entriesRead(q entryRequest, entries []Entries) {
+	p := c.progressOf(q.to)
+	if c.role != Leader || p == nil || q.term != c.currentTerm {
+		return
+	}
+	p.reading = false
+	if q.truncations == c.log.truncations && q.lo == p.next && len(entries) > 0 && q.lo > c.log.start.Index &&
+		(p.state == streaming || len(p.inflight) == 0) {
+		c.sendEntries(p, entries)
+	}
+}
+
+// onAppendRequest answers AppendEntries (Figure 2). The reply's match says
+// what it acknowledges; it leaves when that is durable.
+func (c *core) onAppendRequest(a *appendArgs, token any) {
+	if c.role == Dead {
+		return
+	}
+	r := &appendReply{}
+	m := message{to: a.Leader, token: token, appendReply: r}
+	if a.Term >= c.currentTerm {
+		if c.role == Leader && a.Term == c.currentTerm {
+			panic(invariantError("two leaders in term %d: %d and %d", a.Term, c.self, a.Leader))
+		}
+		c.becomeFollower(a.Term, a.Leader)
+		c.lastContact = c.now
+		c.deferElection()
+		r.Success, r.Hint = c.acceptEntries(a)
+		if r.Success && !a.Heartbeat {
+			m.match = a.lastIndex()
+		}
+	}
+	r.Term, r.Wanted = c.currentTerm, c.wanted
+	c.send(m)
+}
+
+// acceptEntries is steps 2 to 5 of AppendEntries' receiver: §5.3.
+func (c *core) acceptEntries(a *appendArgs) (bool, EntryID) {
+	// What lies under our snapshot is committed, and so is what a leader has
+	// there: it matches without being looked at.
+	if a.Prev.Index >= c.log.start.Index && !c.log.matches(a.Prev) {
+		return false, c.log.lastAtOrBelow(min(a.Prev.Index-1, c.log.last), a.Prev.Term)
+	}
+	for _, e := range a.Entries {
+		c.mergeEntries(e)
+	}
+	// Only what this request has verified may be committed by it.
+	if verified := min(a.Commit, a.lastIndex()); verified > c.commitIndex {
+		c.commitIndex = verified
+	}
+	return true, EntryID{}
+}
+
+// mergeEntries skips what the log has, truncates at the first conflict, and
+// appends the rest. A request that is old or short removes nothing.
+func (c *core) mergeEntries(e Entries) {
+	i := 0
+	for ; i < e.Len(); i++ {
+		index := e.first + Index(i)
+		if index <= c.log.start.Index || c.log.matches(EntryID{index, e.term(i)}) {
+			continue
+		}
+		break
+	}
+	if i == e.Len() {
+		return
+	}
+	if from := e.first + Index(i); from <= c.log.last {
+		if from <= c.commitIndex {
+			panic(invariantError("leader of term %d conflicts with committed entry %d", c.currentTerm, from))
+		}
+		c.emit(Event{Kind: EventTruncated, Index: from})
+		c.truncateLog(from)
+	}
+	c.log.append(e.slice(i, e.Len()))
+}
+
+// onAppendReply takes the answer to one append or heartbeat (Figure 2,
+// "Leaders"). It counts only for the term that asked.
+func (c *core) onAppendReply(from memberID, a *appendArgs, r *appendReply) {
+	if c.role == Dead || c.stepDownFor(from, r.Term) {
+		return
+	}
+	p := c.progressOf(from)
+	if c.role != Leader || p == nil || a.Term != c.currentTerm || r.Term != c.currentTerm {
+		return
+	}
+	p.lastContact = c.now
+	p.wanted = max(p.wanted, r.Wanted)
+	switch {
+	case a.Heartbeat && r.Success:
+	case a.Heartbeat:
+		c.dataLost(p, a)
+	case r.Success:
+		p.answered(a.Seq, c.now)
+		if match := a.lastIndex(); match >= p.match {
+			t, ok := c.log.term(match)
+			if ok {
+				p.match, p.matchTerm = match, t
+			}
+			p.next = max(p.next, p.match+1)
+			if p.state == probing && a.Seq >= p.epoch {
+				p.state = streaming
+			}
+			c.advanceCommit()
+		}
+	default:
+		known := p.answered(a.Seq, c.now)
+		if known && a.Prev.Index > p.match {
+			agree := c.log.lastAtOrBelow(min(r.Hint.Index, a.Prev.Index-1), r.Hint.Term)
+			p.probeFrom(agree.Index+1, c.appendSeq)
+		}
+	}
+}
+
+// dataLost handles the refusal of a heartbeat: it carries an entry that the
+// follower had acknowledged as durable in this term, and no longer has. That
+// follower's disk lies. What it has now is found out again.
+func (c *core) dataLost(p *progress, a *appendArgs) {
+	if a.Prev.Index != p.match || p.match == 0 {
+		return // an older heartbeat
+	}
+	c.emit(Event{Kind: EventFollowerLostData, Peer: p.id.label(c), Index: p.match})
+	p.match, p.matchTerm = 0, 0
+	p.probeFrom(c.log.last, c.appendSeq)
+}
+
+// onAppendFailed is told that an append will never be answered: its
+// connection broke. Everything sent on it is sent again.
+func (c *core) onAppendFailed(to memberID, a *appendArgs) {
+	p := c.progressOf(to)
+	if c.role != Leader || p == nil || a.Heartbeat || a.Term != c.currentTerm || a.Seq < p.epoch {
+		return
+	}
+	p.probeFrom(p.match+1, c.appendSeq)
+}
+
+// onForward notes that somebody on a follower waits for entry i.
+func (c *core) onForward(from memberID, i Index) {
+	if p := c.progressOf(from); p != nil {
+		p.wanted = max(p.wanted, i)
+	}
+}
+
+// advanceCommit moves commitIndex to what a majority has durably, provided the
+// entry there is of the current term: §5.4.2, Figure 8.
+func (c *core) advanceCommit() {
+	n := c.quorumMatch()
+	if n <= c.commitIndex {
+		return
+	}
+	if t, ok := c.log.term(n); !ok || t != c.currentTerm {
+		return
+	}
+	c.commitIndex = n
+}
+
+func (c *core) progressOf(id memberID) *progress {
+	for _, p := range c.progress {
+		if p.id == id {
+			return p
+		}
+	}
+	return nil
+}
