@@ -29,6 +29,7 @@ type core struct {
 	lastContact      time.Time // with the leader
 	campaign         *campaign // while asking for votes or pre-votes
 	wanted           Index     // somebody here waits to see this entry applied
+	applyFailed      bool      // the state machine panicked: vote and replicate, but do not lead
 	failure          error     // why the role is Dead
 
 	// Volatile state on leaders.
@@ -113,9 +114,24 @@ func newCore(self memberID, l limits, rec Recovered, conf configuration, rng *ra
 		durableIndex:  rec.Last,
 	}
 	c.log.evict(l.maxTailBytes, c.durableIndex)
-	c.armElection()
 	c.emit(Event{Kind: EventStarted})
+	if len(conf.members) > 0 {
+		c.armElection()
+	}
 	return c
+}
+
+// form gives an unformed server its first configuration: entry 1, which all
+// founders derive alike (docs/DESIGN.md, "Formation"). Every vote is saved
+// after it, so none is durable before it.
+func (c *core) form(self memberID, entry1 Entries, conf configuration) {
+	if c.role == Dead || len(c.configuration.members) > 0 || c.log.last != 0 {
+		return
+	}
+	c.self = self
+	c.configuration = conf
+	c.log.append(entry1)
+	c.armElection()
 }
 
 // finish ends a transition: it derives what must be saved by comparing with
@@ -222,6 +238,19 @@ func (c *core) compact(i Index) {
 		panic(invariantError("compact at %d beyond commit %d or durable %d", i, c.commitIndex, c.durableIndex))
 	}
 	c.log.compact(i)
+}
+
+// stopApplying gives leadership up for good: this server can't serve.
+func (c *core) stopApplying(i Index, err error) {
+	if c.role == Dead {
+		return
+	}
+	c.applyFailed = true
+	c.emit(Event{Kind: EventApplyFailed, Index: i, Err: err})
+	if c.role != Follower {
+		c.becomeFollower(c.currentTerm, 0)
+	}
+	c.campaign = nil
 }
 
 // die ends the node: no transition does anything afterwards. A nil error is a

@@ -29,7 +29,7 @@ func (c *core) deferElection() {
 // passed campaigns; a leader checks that it still has a quorum. (§5.2, thesis 6.2)
 func (c *core) tick() {
 	switch {
-	case c.role == Dead || c.now.Before(c.electionDeadline):
+	case c.role == Dead || len(c.configuration.members) == 0 || c.now.Before(c.electionDeadline):
 	case c.role == Leader:
 		c.checkQuorum()
 	default:
@@ -41,7 +41,7 @@ func (c *core) tick() {
 // that a node which can't win does not disturb the others with its term. §9.6
 // of the thesis.
 func (c *core) startCampaign() {
-	if !c.configuration.voter(c.self) {
+	if !c.configuration.voter(c.self) || c.applyFailed {
 		c.armElection()
 		return
 	}

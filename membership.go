@@ -20,6 +20,7 @@ type member struct {
 	name    NodeID
 	addr    string
 	learner bool
+	dirID   [16]byte // of its data directory: a wiped or copied disk is refused
 }
 
 // configuration is who belongs to the cluster, as of one entry of the log. A
@@ -74,6 +75,7 @@ func (conf *configuration) encode() []byte {
 			flags = 1
 		}
 		b = append(binary.AppendUvarint(b, uint64(m.id)), flags)
+		b = append(b, m.dirID[:]...)
 		b = appendString(appendString(b, string(m.name)), m.addr)
 	}
 	return b
@@ -94,6 +96,7 @@ func decodeConfiguration(b []byte) (configuration, error) {
 		if f := r.bytes(1); r.err == nil {
 			m.learner = f[0]&1 != 0
 		}
+		copy(m.dirID[:], r.bytes(16))
 		m.name, m.addr = NodeID(r.string()), r.string()
 		conf.members = append(conf.members, m)
 	}

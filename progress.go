@@ -24,6 +24,7 @@ type progress struct {
 	inflightBytes int
 	epoch         uint64 // answers to appends with a lower Seq are of a window given up
 	reading       bool   // entries for it are being read from disk
+	paused        bool   // its connection broke: nothing is sent before the next sign of life or heartbeat
 	starving      bool   // what it needs was compacted
 
 	lastContact  time.Time // any answer of this term

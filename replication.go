@@ -49,6 +49,7 @@ func (c *core) heartbeat() {
 		return
 	}
 	for _, p := range c.progress {
+		p.paused = false
 		if len(p.inflight) > 0 && c.now.Sub(p.lastProgress) >= c.limits.electionTimeout {
 			p.probeFrom(p.match+1, c.appendSeq)
 			c.out.hangups = append(c.out.hangups, p.id)
@@ -72,7 +73,7 @@ func (c *core) sendAppends() {
 // sendTo sends a follower whatever its window allows.
 func (c *core) sendTo(p *progress) {
 	for p.next <= c.log.last {
-		if p.reading || p.state == probing && len(p.inflight) > 0 {
+		if p.paused || p.reading || p.state == probing && len(p.inflight) > 0 {
 			return
 		}
 		if p.next <= c.log.start.Index {
@@ -233,6 +234,7 @@ func (c *core) onAppendReply(from memberID, a *appendArgs, r *appendReply) {
 		return
 	}
 	p.lastContact = c.now
+	p.paused = false
 	p.wanted = max(p.wanted, r.Wanted)
 	switch {
 	case a.Heartbeat && r.Success:
@@ -273,12 +275,13 @@ func (c *core) dataLost(p *progress, a *appendArgs) {
 }
 
 // onAppendFailed is told that an append will never be answered: its
-// connection broke. Everything sent on it is sent again.
+// connection broke. Everything sent on it is sent again, but not in a hurry.
 func (c *core) onAppendFailed(to memberID, a *appendArgs) {
 	p := c.progressOf(to)
 	if c.role != Leader || p == nil || a.Heartbeat || a.Term != c.currentTerm || a.Seq < p.epoch {
 		return
 	}
+	p.paused = true
 	p.probeFrom(p.match+1, c.appendSeq)
 }
 
