@@ -1,1 +1,211 @@
 package raft
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"time"
+)
+
+// StateMachine is what a service keeps identical on all nodes. Its methods are
+// called one at a time, perhaps before Start returns, never after Close has
+// returned nil. The same entries must have the same effect on every node: use
+// Entry.Time for time, and neither map order nor randomness.
+type StateMachine interface {
+	// Apply takes a committed command and returns its result, which goes to
+	// the proposer. A command that the service refuses has a result too. A
+	// panic stops applying on this node (see ApplyError).
+	Apply(Entry) []byte
+}
+
+// BatchApplier may be implemented by a StateMachine beside Apply. It is then
+// called instead, with one result to be set per entry.
+type BatchApplier interface {
+	ApplyBatch(entries []Entry, results [][]byte)
+}
+
+// Config describes a node. ID, ClusterID, StateMachine and one of Dir and
+// Storage are required; zero values elsewhere mean the default.
+type Config struct {
+	ID           NodeID
+	ClusterID    string // alike on all nodes; keeps clusters apart that share a network
+	StateMachine StateMachine
+
+	Dir     string  // data directory of this node alone; made if missing
+	Storage Storage // instead of Dir, for example NewMemoryStorage()
+
+	// Bootstrap lists the founders, alike on each. It is used once, to form the
+	// cluster; a node that holds a log ignores it.
+	Bootstrap []Member
+
+	Listen      string       // host:port; default: this node's Addr in Bootstrap, else a free port of 127.0.0.1
+	Listener    net.Listener // instead of Listen; closed by Close, and by a failing Start
+	DialContext func(ctx context.Context, network, addr string) (net.Conn, error)
+	TLS         *tls.Config // for both directions; nil: plain
+
+	HeartbeatInterval  time.Duration // default 100ms
+	ElectionTimeout    time.Duration // T, default 1s; deadlines are drawn from [T, 2T)
+	DisablePreVote     bool
+	DisableCheckQuorum bool // needs DisablePreVote too
+
+	MaxCommandBytes     int // of one command; default 1 MiB, at most 64 MiB
+	MaxQueueBytes       int // of proposals that wait to be appended or forwarded; default 64 MiB
+	MaxUncommittedBytes int // of entries that a leader has appended and not committed; default 64 MiB
+	MaxFrameBytes       int // of entries in one append, unless a single one is larger; default 1 MiB
+	MaxInflightAppends  int // unanswered appends to one follower; default 16
+	MaxInflightBytes    int // bytes in them; default 8 MiB
+	MaxLogMemoryBytes   int // of durable entries held in memory; default 8 MiB
+	MaxSegmentBytes     int // of one file of the log; default 64 MiB, at least 1 MiB
+
+	Logger *slog.Logger // nil: slog.Default()
+
+	unstableTiming bool          // the harness runs timing that no service should
+	closeGrace     time.Duration // how long Close waits for what it can't interrupt
+}
+
+const maxCommandBytesLimit = 64 << 20
+
+// Validate returns nil, or one error that names every bad field.
+func (c Config) Validate() error {
+	var errs []error
+	bad := func(format string, args ...any) { errs = append(errs, fmt.Errorf(format, args...)) }
+	if c.Listener != nil && c.Listen != "" {
+		bad("Listen and Listener: set at most one")
+	}
+	c = c.withDefaults()
+	if c.ID == "" || len(c.ID) > 255 {
+		bad("ID: want 1 to 255 bytes, a name that is unique in the cluster; have %d", len(c.ID))
+	}
+	if c.ClusterID == "" || len(c.ClusterID) > 255 {
+		bad("ClusterID: want 1 to 255 bytes, the same on every node; have %d", len(c.ClusterID))
+	}
+	if c.StateMachine == nil {
+		bad("StateMachine: nil; it receives the committed commands")
+	}
+	if (c.Dir == "") == (c.Storage == nil) {
+		bad("Dir and Storage: set exactly one; for a node without a disk set Storage to NewMemoryStorage()")
+	}
+	c.validateBootstrap(bad)
+	c.validateTiming(bad)
+	for _, f := range []struct {
+		name       string
+		value, min int
+		max        int
+	}{
+		{"MaxCommandBytes", c.MaxCommandBytes, 1, maxCommandBytesLimit},
+		{"MaxQueueBytes", c.MaxQueueBytes, c.MaxCommandBytes, 1 << 30},
+		{"MaxUncommittedBytes", c.MaxUncommittedBytes, 1, 1 << 30},
+		{"MaxFrameBytes", c.MaxFrameBytes, 1, 64 << 20},
+		{"MaxInflightAppends", c.MaxInflightAppends, 1, 1024},
+		{"MaxInflightBytes", c.MaxInflightBytes, 1, 1 << 30},
+		{"MaxLogMemoryBytes", c.MaxLogMemoryBytes, 1, 1 << 40},
+		{"MaxSegmentBytes", c.MaxSegmentBytes, 1 << 20, 1 << 30},
+	} {
+		if f.value < f.min || f.value > f.max {
+			bad("%s: %d is outside %d to %d", f.name, f.value, f.min, f.max)
+		}
+	}
+	if len(errs) == 0 {
+		return nil
+	}
+	return fmt.Errorf("raft: bad Config:\n%w", errors.Join(errs...))
+}
+
+func (c *Config) validateBootstrap(bad func(string, ...any)) {
+	if len(c.Bootstrap) == 0 {
+		return
+	}
+	ids, addrs := map[NodeID]bool{}, map[string]bool{}
+	for i, m := range c.Bootstrap {
+		if m.ID == "" || len(m.ID) > 255 {
+			bad("Bootstrap[%d].ID: want 1 to 255 bytes, have %d", i, len(m.ID))
+		}
+		if ids[m.ID] {
+			bad("Bootstrap[%d].ID: %q is listed twice", i, m.ID)
+		}
+		if _, _, err := net.SplitHostPort(m.Addr); err != nil {
+			bad("Bootstrap[%d].Addr: %q is not host:port", i, m.Addr)
+		} else if addrs[m.Addr] {
+			bad("Bootstrap[%d].Addr: %q is listed twice", i, m.Addr)
+		}
+		if m.Learner {
+			bad("Bootstrap[%d].Learner: a founder is a voter", i)
+		}
+		ids[m.ID], addrs[m.Addr] = true, true
+	}
+	if len(c.Bootstrap) > 64 {
+		bad("Bootstrap: %d founders, at most 64", len(c.Bootstrap))
+	}
+	if !ids[c.ID] {
+		bad("Bootstrap: this node, %q, is not in it; a node that joins later has an empty Bootstrap", c.ID)
+	}
+}
+
+func (c *Config) validateTiming(bad func(string, ...any)) {
+	if c.HeartbeatInterval < time.Millisecond {
+		bad("HeartbeatInterval: %v is below 1ms", c.HeartbeatInterval)
+	}
+	if c.ElectionTimeout < time.Millisecond {
+		bad("ElectionTimeout: %v is below 1ms", c.ElectionTimeout)
+	}
+	if !c.unstableTiming && c.ElectionTimeout < 3*c.HeartbeatInterval {
+		bad("ElectionTimeout: %v is below three times HeartbeatInterval (%v): one late heartbeat would depose a healthy leader, and leaders would churn", c.ElectionTimeout, c.HeartbeatInterval)
+	}
+	if c.DisableCheckQuorum && !c.DisablePreVote {
+		bad("DisableCheckQuorum: needs DisablePreVote too: with pre-votes alone, a leader that can send but not receive would stay for ever")
+	}
+}
+
+func (c Config) withDefaults() Config {
+	setDefault(&c.HeartbeatInterval, 100*time.Millisecond)
+	setDefault(&c.ElectionTimeout, time.Second)
+	setDefault(&c.MaxCommandBytes, 1<<20)
+	setDefault(&c.MaxQueueBytes, 64<<20)
+	setDefault(&c.MaxUncommittedBytes, 64<<20)
+	setDefault(&c.MaxFrameBytes, 1<<20)
+	setDefault(&c.MaxInflightAppends, 16)
+	setDefault(&c.MaxInflightBytes, 8<<20)
+	setDefault(&c.MaxLogMemoryBytes, 8<<20)
+	setDefault(&c.MaxSegmentBytes, 64<<20)
+	setDefault(&c.closeGrace, 1500*time.Millisecond)
+	if c.Logger == nil {
+		c.Logger = slog.Default()
+	}
+	if c.DialContext == nil {
+		c.DialContext = (&net.Dialer{}).DialContext
+	}
+	if c.Listen == "" {
+		c.Listen = "127.0.0.1:0"
+		for _, m := range c.Bootstrap {
+			if m.ID == c.ID {
+				c.Listen = m.Addr
+			}
+		}
+	}
+	return c
+}
+
+func setDefault[T comparable](field *T, value T) {
+	var zero T
+	if *field == zero {
+		*field = value
+	}
+}
+
+func (c *Config) limits() limits {
+	return limits{
+		electionTimeout:    c.ElectionTimeout,
+		heartbeatInterval:  c.HeartbeatInterval,
+		preVote:            !c.DisablePreVote,
+		checkQuorum:        !c.DisableCheckQuorum,
+		gatherBytes:        min(64<<10, c.MaxFrameBytes),
+		maxFrameBytes:      c.MaxFrameBytes,
+		maxInflight:        c.MaxInflightAppends,
+		maxInflightBytes:   c.MaxInflightBytes,
+		maxTailBytes:       c.MaxLogMemoryBytes,
+		maxUncommittedSize: c.MaxUncommittedBytes,
+	}
+}

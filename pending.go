@@ -11,6 +11,7 @@ type pending struct {
 	groups  []pendingGroup
 	waits   []appliedWait // by ascending index
 	applied Index
+	stopped error // nothing is applied any more: what everybody is told
 
 	// While proposals are at the leader their index is not known here, and the
 	// entry may be applied before the leader's answer arrives.
@@ -37,7 +38,13 @@ type keptResults struct {
 
 // add registers proposals that became the entries from first on. It returns
 // those that are settled already.
-func (w *pending) add(first EntryID, ps []*Proposal) (settled []*Proposal) {
+func (w *pending) add(first EntryID, ps []*Proposal) (settled []*Proposal, _ []chan struct{}) {
+	if w.stopped != nil {
+		for _, p := range ps {
+			p.err = w.stopped
+		}
+		return ps, nil
+	}
 	n := 0
 	if first.Index <= w.applied {
 		n = int(min(Index(len(ps)), w.applied-first.Index+1))
@@ -49,7 +56,7 @@ func (w *pending) add(first EntryID, ps []*Proposal) (settled []*Proposal) {
 	if n < len(ps) {
 		w.groups = append(w.groups, pendingGroup{EntryID{first.Index + Index(n), first.Term}, ps[n:]})
 	}
-	return settled
+	return settled, nil
 }
 
 // lookup settles a proposal whose entry was applied before anybody knew that
@@ -60,13 +67,13 @@ func (w *pending) lookup(id EntryID, p *Proposal) {
 			continue
 		}
 		i := int(id.Index - k.entries.First())
-		settle(p, k.entries, i, id.Term, k.results)
+		answer(p, k.entries, i, id.Term, k.results)
 		return
 	}
 	p.err = outcomeUnknown(errResultDropped)
 }
 
-func settle(p *Proposal, e Entries, i int, term Term, results [][]byte) {
+func answer(p *Proposal, e Entries, i int, term Term, results [][]byte) {
 	id := EntryID{e.First() + Index(i), e.term(i)}
 	if id.Term != term {
 		p.err = ErrSuperseded
@@ -86,7 +93,7 @@ func (w *pending) onApplied(e Entries, results [][]byte, settled []*Proposal, wo
 	for _, g := range w.groups {
 		n := 0
 		for n < len(g.proposals) && g.first.Index+Index(n) <= e.Last() {
-			settle(g.proposals[n], e, int(g.first.Index+Index(n)-e.First()), g.first.Term, results)
+			answer(g.proposals[n], e, int(g.first.Index+Index(n)-e.First()), g.first.Term, results)
 			n++
 		}
 		settled = append(settled, g.proposals[:n]...)
@@ -122,10 +129,10 @@ func (w *pending) forwardEnds() {
 	}
 }
 
-// wait returns a channel that is closed once entry i is applied.
+// wait returns a channel that is closed once entry i is applied, or never will be here.
 func (w *pending) wait(i Index) chan struct{} {
 	done := make(chan struct{})
-	if i <= w.applied {
+	if i <= w.applied || w.stopped != nil {
 		close(done)
 		return done
 	}
@@ -155,14 +162,21 @@ func (w *pending) highest() (i Index) {
 	return i
 }
 
-// stop settles every proposal with err, which says that its outcome is not known.
-func (w *pending) stop(err error) (settled []*Proposal) {
+// stop settles everybody: nothing will be applied here any more. err says that
+// outcomes are not known.
+func (w *pending) stop(err error) (settled []*Proposal, woken []chan struct{}) {
+	if w.stopped == nil {
+		w.stopped = err
+	}
 	for _, g := range w.groups {
 		for _, p := range g.proposals {
 			p.err = err
 			settled = append(settled, p)
 		}
 	}
+	for _, a := range w.waits {
+		woken = append(woken, a.done)
+	}
 	w.groups, w.waits, w.kept = nil, nil, nil
-	return settled
+	return settled, woken
 }

@@ -1,6 +1,10 @@
 package raft
 
 import (
+	"context"
+	"math/rand/v2"
+	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -30,9 +34,399 @@ type Result struct {
 	Data  []byte
 }
 
-// Proposal is a command on its way.
-type Proposal struct {
-	done   chan struct{}
-	result Result
-	err    error
+// ConsensusModule holds a server's term, vote and log (Figure 1 of the paper)
+// and runs the goroutines that step them. The rules themselves are core's.
+// Everything below mu is guarded by it; it is held to compute, never across a wait.
+type ConsensusModule struct {
+	storage   Storage
+	queue     proposalQueue
+	events    *eventLog
+	transport transport
+
+	mu            sync.Mutex
+	core          *core
+	outbox        outbox
+	pending       pending
+	heartbeatDone chan struct{} // open exactly while leading; closing it stops the heartbeat goroutine
+	timerArmed    time.Time     // when the timer goroutine will wake by itself
+	commitSeen    Index
+	leadership    leadership
+	released      []message // scratch
+
+	accepting  atomic.Bool // a step would take queued proposals
+	flushing   atomic.Bool // a write or fsync runs
+	applying   atomic.Uint64
+	flushWake  chan struct{}
+	timerWake  chan struct{}
+	applyWake  chan struct{}
+	done       chan struct{} // closed when the core is dead: every goroutine ends
+	goroutines group         // all of them
+	diskUsers  group         // those that may call storage
+}
+
+// transport takes what the core wants sent. Its methods never block.
+type transport interface {
+	send(m message)      // a request
+	hangup(to memberID)  // close the append connection
+	read(q entryRequest) // read entries and step entriesRead
+	canForward(to memberID) bool
+	forward(to memberID, b proposalBatch) // proposals, to the leader
+	stopped()                             // the core is dead
+}
+
+// inbound is a request that waits for its reply; message.token holds one.
+type inbound interface{ reply(m message) }
+
+func newConsensusModule(s Storage, c *core, conf *Config, events *eventLog) *ConsensusModule {
+	cm := &ConsensusModule{
+		storage:   s,
+		core:      c,
+		events:    events,
+		flushWake: make(chan struct{}, 1),
+		timerWake: make(chan struct{}, 1),
+		applyWake: make(chan struct{}, 1),
+		done:      make(chan struct{}),
+	}
+	cm.queue.maxBytes = conf.MaxQueueBytes
+	cm.pending.maxKept = conf.MaxQueueBytes
+	cm.pending.applied = c.log.start.Index
+	cm.leadership.changed = make(chan struct{})
+	return cm
+}
+
+func newDice() *rand.Rand { return rand.New(rand.NewPCG(rand.Uint64(), rand.Uint64())) }
+
+// run starts the goroutines that every node has.
+func (cm *ConsensusModule) run(t transport, a *applier) {
+	cm.mu.Lock()
+	defer cm.unlock()
+	cm.transport = t
+	cm.start(cm.runTimer)
+	cm.start(a.run)
+	cm.diskUsers.add()
+	cm.start(cm.runFlusher)
+	cm.transition(func(*core) {})
+}
+
+// start starts a goroutine of this node, unless it is stopping. mu is held:
+// becoming Dead happens under it too, so none starts after Close began to wait.
+func (cm *ConsensusModule) start(f func()) bool {
+	if cm.core.role == Dead {
+		return false
+	}
+	cm.goroutines.add()
+	go func() {
+		defer cm.goroutines.leave()
+		f()
+	}()
+	return true
+}
+
+// step is the only way in: one transition on core, its effects handed over,
+// nothing waited for.
+func (cm *ConsensusModule) step(f func(c *core)) {
+	cm.mu.Lock()
+	cm.transition(f)
+	cm.unlock()
+}
+
+// tryStep makes the core take what is queued, unless somebody holds the lock:
+// whoever does looks at the queue after letting go.
+func (cm *ConsensusModule) tryStep() {
+	if cm.accepting.Load() && cm.mu.TryLock() {
+		cm.transition(func(*core) {})
+		cm.unlock()
+	}
+}
+
+// unlock releases mu and looks once more for proposals that came while it was held.
+func (cm *ConsensusModule) unlock() {
+	dead := cm.core.role == Dead
+	cm.mu.Unlock()
+	cm.events.log()
+	for !dead && cm.queue.waiting.Load() > 0 && cm.accepting.Load() && cm.mu.TryLock() {
+		cm.transition(func(*core) {})
+		dead = cm.core.role == Dead
+		cm.mu.Unlock()
+	}
+}
+
+// transition runs f and whatever proposals are queued as one transition.
+func (cm *ConsensusModule) transition(f func(c *core)) {
+	c := cm.core
+	var before coreSnapshot
+	if raceEnabled {
+		before = c.snapshot()
+	}
+	wasDead := c.role == Dead
+	c.now = time.Now()
+	f(c)
+	cm.takeProposals()
+	out := c.finish()
+	if raceEnabled {
+		if err := c.checkStep(before); err != nil {
+			panic(err)
+		}
+	}
+	cm.handOver(&out)
+	if c.role == Dead && !wasDead {
+		cm.die()
+	}
+}
+
+// takeProposals gives queued proposals to the core if it leads, or to the leader.
+func (cm *ConsensusModule) takeProposals() {
+	c := cm.core
+	accepting := c.role == Leader && c.hasRoom() || c.role == Follower && c.leader != 0 && !c.applyFailed
+	if cm.accepting.Load() != accepting {
+		cm.accepting.Store(accepting)
+	}
+	if !accepting || cm.queue.waiting.Load() == 0 {
+		return
+	}
+	if c.role != Leader {
+		if !cm.transport.canForward(c.leader) {
+			cm.accepting.Store(false) // the step that takes an answer looks again
+		} else if b := cm.queue.take(); len(b.proposals) > 0 {
+			cm.pending.forwardBegins()
+			cm.transport.forward(c.leader, b)
+		}
+		return
+	}
+	if b := cm.queue.take(); len(b.proposals) > 0 {
+		first, _ := c.propose(&b.entries)
+		settle(cm.pending.add(first, b.proposals))
+	}
+}
+
+// handOver passes the effects of a transition on, in an order that matters:
+// what must be durable reaches storage before messages that depend on it.
+func (cm *ConsensusModule) handOver(out *effects) {
+	c := cm.core
+	if out.save != nil {
+		cm.storage.Append(*out.save)
+		wake(cm.flushWake)
+	}
+	cm.outbox.add(out.msgs)
+	cm.released = cm.outbox.release(cm.released[:0], c.durableLSN, c.currentTerm, c.hardLSN)
+	for i, m := range cm.released {
+		if m.token != nil {
+			m.token.(inbound).reply(m)
+		} else {
+			cm.transport.send(m)
+		}
+		cm.released[i] = message{}
+	}
+	for _, to := range out.hangups {
+		cm.transport.hangup(to)
+	}
+	for _, q := range out.reads {
+		cm.transport.read(q)
+	}
+	cm.events.add(out.events)
+	cm.runLeadership()
+	if c.commitIndex > cm.commitSeen {
+		cm.commitSeen = c.commitIndex
+		wake(cm.applyWake)
+	}
+	if c.electionDeadline.Before(cm.timerArmed) {
+		wake(cm.timerWake)
+	}
+}
+
+// runLeadership starts and stops the heartbeat goroutine with the role, and
+// ends the contexts of a leadership that is over.
+func (cm *ConsensusModule) runLeadership() {
+	c := cm.core
+	if cm.heartbeatDone != nil && (c.role != Leader || cm.leadership.term != c.currentTerm) {
+		close(cm.heartbeatDone)
+		cm.heartbeatDone = nil
+		cm.leadership.end()
+	}
+	if cm.heartbeatDone == nil && c.role == Leader {
+		done := make(chan struct{})
+		cm.heartbeatDone = done
+		cm.leadership.term = c.currentTerm
+		cm.start(func() { cm.runHeartbeats(done) })
+	}
+	if c.role == Leader && cm.pending.applied >= c.firstOfTerm {
+		cm.leadership.begin()
+	}
+}
+
+// die is what a dead core leaves to do: settle everybody who waits and end
+// every goroutine. It runs in the step that died, once.
+func (cm *ConsensusModule) die() {
+	why := ErrStopped
+	cm.accepting.Store(false)
+	for _, p := range cm.queue.close(why) {
+		p.finish(why)
+	}
+	settle(cm.pending.stop(outcomeUnknown(why)))
+	cm.outbox.drop()
+	close(cm.done)
+	cm.transport.stopped()
+}
+
+// fail ends the node because err leaves no safe way to go on.
+func (cm *ConsensusModule) fail(err error) {
+	cm.step(func(c *core) { c.die(err) })
+}
+
+// flush makes everything staged durable and steps with the position reached.
+// A failure is final: the node stops acknowledging at once.
+func (cm *ConsensusModule) flush() error {
+	began := time.Now()
+	cm.flushing.Store(true)
+	lsn, err := cm.storage.Flush()
+	cm.flushing.Store(false)
+	if err != nil {
+		cm.fail(err)
+		return err
+	}
+	took := time.Since(began)
+	cm.step(func(c *core) { c.persisted(lsn, took) })
+	return nil
+}
+
+// runFlusher makes staged saves durable, for every step whose goroutine does
+// not do it itself. It owns the storage: it closes it once nobody else can call it.
+func (cm *ConsensusModule) runFlusher() {
+	for {
+		select {
+		case <-cm.flushWake:
+			cm.mu.Lock()
+			staged := cm.core.lsn > cm.core.durableLSN
+			cm.mu.Unlock()
+			if staged && cm.flush() != nil {
+				<-cm.done
+			}
+		case <-cm.done:
+			cm.diskUsers.leave()
+			<-cm.diskUsers.empty()
+			cm.flushing.Store(true)
+			cm.storage.Close()
+			cm.flushing.Store(false)
+			return
+		}
+	}
+}
+
+// runTimer steps the core when its election deadline has passed. Deadlines
+// mostly move later, so it sleeps on until the one it knew has come.
+func (cm *ConsensusModule) runTimer() {
+	timer := time.NewTimer(time.Hour)
+	defer timer.Stop()
+	for {
+		cm.mu.Lock()
+		if !cm.core.electionDeadline.IsZero() && !cm.core.electionDeadline.After(time.Now()) {
+			cm.transition((*core).tick)
+		}
+		wait := time.Hour
+		if !cm.core.electionDeadline.IsZero() {
+			wait = time.Until(cm.core.electionDeadline)
+		}
+		cm.timerArmed = time.Now().Add(wait)
+		timer.Reset(wait)
+		cm.unlock()
+		select {
+		case <-timer.C:
+		case <-cm.timerWake:
+		case <-cm.done:
+			return
+		}
+	}
+}
+
+// runHeartbeats has no logic: on each tick it steps the core. It ends with the
+// leadership, by the done channel, however long the interval is.
+func (cm *ConsensusModule) runHeartbeats(done <-chan struct{}) {
+	ticker := time.NewTicker(cm.core.limits.heartbeatInterval)
+	defer ticker.Stop()
+	for {
+		select {
+		case <-ticker.C:
+			cm.step((*core).heartbeat)
+		case <-done:
+			return
+		}
+	}
+}
+
+// leadership is what WaitLeadership hands out.
+type leadership struct {
+	term    Term
+	ctx     context.Context // nil unless this node leads and has caught up
+	cancel  context.CancelFunc
+	changed chan struct{} // closed when ctx begins
+}
+
+func (l *leadership) begin() {
+	if l.ctx == nil {
+		l.ctx, l.cancel = context.WithCancel(context.Background())
+		close(l.changed)
+	}
+}
+
+func (l *leadership) end() {
+	if l.ctx != nil {
+		l.cancel()
+		l.ctx, l.cancel = nil, nil
+		l.changed = make(chan struct{})
+	}
+}
+
+// settle tells proposers and waiters whose answer is known.
+func settle(ps []*Proposal, waits []chan struct{}) {
+	for i, p := range ps {
+		close(p.done)
+		ps[i] = nil
+	}
+	for _, w := range waits {
+		close(w)
+	}
+}
+
+// wake signals c, which has room for one signal.
+func wake(c chan struct{}) {
+	select {
+	case c <- struct{}{}:
+	default:
+	}
+}
+
+// group counts goroutines. Unlike sync.WaitGroup it can be waited for with a
+// bound, without a goroutine that waits.
+type group struct {
+	mu   sync.Mutex
+	n    int
+	zero chan struct{} // made by the first empty, closed when n is 0
+}
+
+func (g *group) add() {
+	g.mu.Lock()
+	g.n++
+	g.mu.Unlock()
+}
+
+func (g *group) leave() {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.n--; g.n == 0 && g.zero != nil {
+		close(g.zero)
+	}
+}
+
+// empty returns a channel that is closed once nobody is left. Nobody may enter
+// after it was called, except from inside.
+func (g *group) empty() <-chan struct{} {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.zero == nil {
+		g.zero = make(chan struct{})
+		if g.n == 0 {
+			close(g.zero)
+		}
+	}
+	return g.zero
 }

@@ -2,6 +2,10 @@ package raft
 
 import (
 	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"slices"
 	"sync"
 )
 
@@ -32,6 +36,10 @@ type Identity struct {
 	NodeID    NodeID
 }
 
+func (id Identity) String() string {
+	return fmt.Sprintf("node %q of cluster %q", id.NodeID, id.ClusterID)
+}
+
 // Storage keeps a node's term, vote and log. MemoryStorage and the directory
 // of Config.Dir implement it; both pass the same contract test.
 //
@@ -58,15 +66,90 @@ type Storage interface {
 // for clusters that may lose everything. A node that restarts with the same
 // MemoryStorage finds what was flushed.
 type MemoryStorage struct {
-	mu      sync.Mutex
-	id      *Identity
-	open    bool
-	staged  []Save
-	durable memoryState
+	mu     sync.Mutex
+	id     Identity
+	dirID  [16]byte
+	open   bool
+	staged []Save
+	lsn    LSN
+	hard   HardState
+	log    raftLog
 }
 
-type memoryState struct {
-	hard  HardState
-	log   raftLog
-	dirID [16]byte
+// NewMemoryStorage returns an empty storage, for one node.
+func NewMemoryStorage() *MemoryStorage {
+	m := &MemoryStorage{}
+	rand.Read(m.dirID[:])
+	return m
+}
+
+func (m *MemoryStorage) Open(_ context.Context, id Identity) (Recovered, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.open {
+		return Recovered{}, errors.New("raft: MemoryStorage is in use by another node; close that one first")
+	}
+	if m.id != (Identity{}) && m.id != id {
+		return Recovered{}, &IdentityError{"MemoryStorage", m.id.String(), id.String(), "give each node its own"}
+	}
+	m.open, m.id, m.staged, m.lsn = true, id, nil, 0
+	r := Recovered{
+		HardState: m.hard, Start: m.log.start, Last: m.log.last,
+		Runs: slices.Clone(m.log.runs), Tail: slices.Clone(m.log.tail), DirectoryID: m.dirID,
+	}
+	for _, e := range m.log.tail {
+		for i := range e.Len() {
+			if e.kind(i) == entryConfiguration {
+				r.Config, r.ConfigIndex = e.data(i), e.first+Index(i)
+			}
+		}
+	}
+	return r, nil
+}
+
+func (m *MemoryStorage) Append(s Save) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.staged = append(m.staged, s)
+}
+
+func (m *MemoryStorage) Flush() (LSN, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if !m.open {
+		return m.lsn, ErrStopped
+	}
+	for _, s := range m.staged {
+		if s.HardState != nil {
+			m.hard = *s.HardState
+		}
+		for _, e := range s.Entries {
+			m.log.truncate(e.First())
+			m.log.append(e)
+		}
+		if s.Start != nil {
+			m.log.compact(s.Start.Index)
+		}
+		m.lsn = s.LSN
+	}
+	clear(m.staged)
+	m.staged = m.staged[:0]
+	return m.lsn, nil
+}
+
+func (m *MemoryStorage) Read(lo, hi Index, maxBytes int) ([]Entries, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if lo <= m.log.start.Index || hi > m.log.last || lo > hi {
+		return nil, fmt.Errorf("raft: entries %d to %d are not in the log, which has %d to %d", lo, hi, m.log.start.Index+1, m.log.last)
+	}
+	out, _ := m.log.from(lo, hi, maxBytes)
+	return out, nil
+}
+
+func (m *MemoryStorage) Close() error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.open = false
+	return nil
 }

@@ -1,0 +1,170 @@
+package raft
+
+import (
+	"fmt"
+	"runtime/debug"
+)
+
+const (
+	applyBatchBytes = 1 << 20 // of entries taken per round, so that waiters are told in time
+)
+
+// applier is the goroutine that feeds the state machine, and what it needs.
+type applier struct {
+	cm      *ConsensusModule
+	machine StateMachine
+	batch   BatchApplier // machine, if it is one
+	read    []Entries    // taken from the log, not yet applied
+
+	entries []Entry // scratch
+	at      []int   // where in the run each of them is
+	settled []*Proposal
+	woken   []chan struct{}
+}
+
+func newApplier(cm *ConsensusModule, m StateMachine) *applier {
+	b, _ := m.(BatchApplier)
+	return &applier{cm: cm, machine: m, batch: b}
+}
+
+// run applies committed entries in order until the node stops.
+func (a *applier) run() {
+	cm := a.cm
+	for {
+		select {
+		case <-cm.done:
+			return
+		default:
+		}
+		run, ok := a.next()
+		if !ok {
+			select {
+			case <-cm.applyWake:
+			case <-cm.done:
+				return
+			}
+			continue
+		}
+		results, err := a.apply(run)
+		if err != nil {
+			a.stop(err)
+			return
+		}
+		a.tell(run, results)
+	}
+}
+
+// next returns the next run of committed entries, from memory or from storage.
+func (a *applier) next() (Entries, bool) {
+	if len(a.read) > 0 {
+		run := a.read[0]
+		a.read = a.read[1:]
+		return run, true
+	}
+	cm := a.cm
+	cm.mu.Lock()
+	lo, hi := cm.pending.applied+1, cm.core.commitIndex
+	if lo > hi || cm.core.role == Dead {
+		cm.mu.Unlock()
+		return Entries{}, false
+	}
+	runs, inMemory := cm.core.log.from(lo, hi, applyBatchBytes)
+	if !inMemory {
+		hi = min(hi, cm.core.log.firstInMemory()-1)
+		cm.diskUsers.add()
+	}
+	cm.mu.Unlock()
+	if !inMemory {
+		var err error
+		runs, err = cm.storage.Read(lo, hi, applyBatchBytes)
+		cm.diskUsers.leave()
+		if err != nil {
+			cm.fail(fmt.Errorf("raft: read entry %d to apply it: %w", lo, err))
+			return Entries{}, false
+		}
+	}
+	a.read = runs[1:]
+	return runs[0], true
+}
+
+// apply gives the commands of a run to the state machine. The error is an
+// *ApplyError, when it panicked.
+func (a *applier) apply(run Entries) (results [][]byte, err error) {
+	results = make([][]byte, run.Len())
+	current := run.First()
+	defer a.cm.applying.Store(0)
+	defer func() {
+		if v := recover(); v != nil {
+			err = &ApplyError{Index: current, Value: v, Stack: string(debug.Stack())}
+		}
+	}()
+	a.cm.applying.Store(uint64(current))
+	if a.batch != nil {
+		a.applyBatch(run, results)
+		return results, nil
+	}
+	for i := range run.Len() {
+		if run.kind(i) == entryCommand {
+			e := run.entry(i)
+			current = e.Index
+			a.cm.applying.Store(uint64(current))
+			results[i] = a.machine.Apply(e)
+		}
+	}
+	return results, nil
+}
+
+func (a *applier) applyBatch(run Entries, results [][]byte) {
+	a.entries, a.at = a.entries[:0], a.at[:0]
+	for i := range run.Len() {
+		if run.kind(i) == entryCommand {
+			a.entries, a.at = append(a.entries, run.entry(i)), append(a.at, i)
+		}
+	}
+	if len(a.entries) == 0 {
+		return
+	}
+	out := results
+	if len(a.entries) < run.Len() {
+		out = make([][]byte, len(a.entries))
+	}
+	a.batch.ApplyBatch(a.entries, out)
+	if len(a.entries) < run.Len() {
+		for k, i := range a.at {
+			results[i] = out[k]
+		}
+	}
+	clear(a.entries)
+}
+
+// tell wakes everybody who waited for this run.
+func (a *applier) tell(run Entries, results [][]byte) {
+	cm := a.cm
+	cm.mu.Lock()
+	if cm.core.role != Dead { // otherwise die has told them
+		a.settled, a.woken = cm.pending.onApplied(run, results, a.settled[:0], a.woken[:0])
+		if cm.core.role == Leader && cm.core.firstOfTerm <= run.Last() {
+			cm.leadership.begin()
+		}
+	}
+	cm.unlock()
+	settle(a.settled, a.woken)
+	a.settled, a.woken = a.settled[:0], a.woken[:0]
+}
+
+// stop is the end of applying on this node: the entry is never skipped. Who
+// waits here is told; the node goes on replicating and voting.
+func (a *applier) stop(err error) {
+	cm := a.cm
+	index := err.(*ApplyError).Index
+	cm.mu.Lock()
+	cm.transition(func(c *core) { c.stopApplying(index, err) })
+	ps, waits := cm.pending.stop(outcomeUnknown(err))
+	rejection := fmt.Errorf("%w applying: %w", ErrStopped, err)
+	rejected := cm.queue.close(rejection)
+	cm.unlock()
+	settle(ps, waits)
+	for _, p := range rejected {
+		p.finish(rejection)
+	}
+}
