@@ -28,8 +28,10 @@ type core struct {
 	electionDeadline time.Time // a follower or candidate campaigns then; a leader checks its quorum
 	lastContact      time.Time // with the leader
 	campaign         *campaign // while asking for votes or pre-votes
+	forwardTo        memberID  // takes proposals made here: the leader, unless it refused
 	wanted           Index     // somebody here waits to see this entry applied
 	applyFailed      bool      // the state machine panicked: vote and replicate, but do not lead
+	retired          bool      // this server is shutting down and does not campaign
 	failure          error     // why the role is Dead
 
 	// Volatile state on leaders.
@@ -238,6 +240,28 @@ func (c *core) compact(i Index) {
 		panic(invariantError("compact at %d beyond commit %d or durable %d", i, c.commitIndex, c.durableIndex))
 	}
 	c.log.compact(i)
+}
+
+// retire gives leadership up and does not seek it again. It returns true if
+// this server led.
+func (c *core) retire() bool {
+	led := c.role == Leader
+	c.retired = true
+	if led {
+		c.becomeFollower(c.currentTerm, 0)
+	}
+	return led
+}
+
+// want notes that somebody on this server waits to see entry i applied.
+func (c *core) want(i Index) { c.wanted = max(c.wanted, i) }
+
+// notLeading takes note that a server we believed to lead says it does not, or
+// can't be reached: nothing is forwarded to it before it is heard from again.
+func (c *core) notLeading(id memberID) {
+	if c.forwardTo == id {
+		c.forwardTo = 0
+	}
 }
 
 // stopApplying gives leadership up for good: this server can't serve.

@@ -41,7 +41,7 @@ func (c *core) tick() {
 // that a node which can't win does not disturb the others with its term. §9.6
 // of the thesis.
 func (c *core) startCampaign() {
-	if !c.configuration.voter(c.self) || c.applyFailed {
+	if !c.configuration.voter(c.self) || c.applyFailed || c.retired {
 		c.armElection()
 		return
 	}
@@ -196,7 +196,7 @@ func (c *core) becomeFollower(term Term, leader memberID) {
 	c.role = Follower
 	c.campaign = nil
 	if leader != c.leader {
-		c.leader = leader
+		c.leader, c.forwardTo = leader, leader
 		if leader != 0 {
 			c.emit(Event{Kind: EventLeader, Peer: leader.label(c)})
 		}
@@ -207,7 +207,7 @@ func (c *core) becomeFollower(term Term, leader memberID) {
 // be committed (§5.4.2).
 func (c *core) becomeLeader() {
 	c.role = Leader
-	c.leader = c.self
+	c.leader, c.forwardTo = c.self, 0
 	c.appendSeq = 0
 	c.progress = nil
 	for _, m := range c.configuration.members {

@@ -65,6 +65,8 @@ type forwardArgs struct {
 	From    memberID
 	Count   int
 	Encoded []byte
+
+	batch proposalBatch // whose they are; stays with the sender
 }
 
 type forwardReply struct {

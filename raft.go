@@ -52,9 +52,10 @@ type ConsensusModule struct {
 	commitSeen    Index
 	leadership    leadership
 	released      []message // scratch
+	flushesItself bool      // whoever steps now flushes next: the flusher may sleep on
 
-	accepting  atomic.Bool // a step would take queued proposals
-	flushing   atomic.Bool // a write or fsync runs
+	accepting  atomic.Bool  // a step would take queued proposals
+	flushing   atomic.Int32 // writes or fsyncs that run
 	applying   atomic.Uint64
 	flushWake  chan struct{}
 	timerWake  chan struct{}
@@ -130,6 +131,15 @@ func (cm *ConsensusModule) step(f func(c *core)) {
 	cm.unlock()
 }
 
+// stepThenFlush is step for a caller that calls flush right after it.
+func (cm *ConsensusModule) stepThenFlush(f func(c *core)) {
+	cm.mu.Lock()
+	cm.flushesItself = true
+	cm.transition(f)
+	cm.flushesItself = false
+	cm.unlock()
+}
+
 // tryStep makes the core take what is queued, unless somebody holds the lock:
 // whoever does looks at the queue after letting go.
 func (cm *ConsensusModule) tryStep() {
@@ -177,7 +187,7 @@ func (cm *ConsensusModule) transition(f func(c *core)) {
 // takeProposals gives queued proposals to the core if it leads, or to the leader.
 func (cm *ConsensusModule) takeProposals() {
 	c := cm.core
-	accepting := c.role == Leader && c.hasRoom() || c.role == Follower && c.leader != 0 && !c.applyFailed
+	accepting := c.role == Leader && c.hasRoom() || c.role == Follower && c.leader != 0 && c.forwardTo != 0 && !c.applyFailed
 	if cm.accepting.Load() != accepting {
 		cm.accepting.Store(accepting)
 	}
@@ -185,11 +195,11 @@ func (cm *ConsensusModule) takeProposals() {
 		return
 	}
 	if c.role != Leader {
-		if !cm.transport.canForward(c.leader) {
+		if !cm.transport.canForward(c.forwardTo) {
 			cm.accepting.Store(false) // the step that takes an answer looks again
 		} else if b := cm.queue.take(); len(b.proposals) > 0 {
 			cm.pending.forwardBegins()
-			cm.transport.forward(c.leader, b)
+			cm.transport.forward(c.forwardTo, b)
 		}
 		return
 	}
@@ -205,7 +215,9 @@ func (cm *ConsensusModule) handOver(out *effects) {
 	c := cm.core
 	if out.save != nil {
 		cm.storage.Append(*out.save)
-		wake(cm.flushWake)
+		if !cm.flushesItself {
+			wake(cm.flushWake)
+		}
 	}
 	cm.outbox.add(out.msgs)
 	cm.released = cm.outbox.release(cm.released[:0], c.durableLSN, c.currentTerm, c.hardLSN)
@@ -277,9 +289,9 @@ func (cm *ConsensusModule) fail(err error) {
 // A failure is final: the node stops acknowledging at once.
 func (cm *ConsensusModule) flush() error {
 	began := time.Now()
-	cm.flushing.Store(true)
+	cm.flushing.Add(1)
 	lsn, err := cm.storage.Flush()
-	cm.flushing.Store(false)
+	cm.flushing.Add(-1)
 	if err != nil {
 		cm.fail(err)
 		return err
@@ -304,9 +316,9 @@ func (cm *ConsensusModule) runFlusher() {
 		case <-cm.done:
 			cm.diskUsers.leave()
 			<-cm.diskUsers.empty()
-			cm.flushing.Store(true)
+			cm.flushing.Add(1)
 			cm.storage.Close()
-			cm.flushing.Store(false)
+			cm.flushing.Add(-1)
 			return
 		}
 	}

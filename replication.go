@@ -171,7 +171,7 @@ func (c *core) onAppendRequest(a *appendArgs, token any) {
 			panic(invariantError("two leaders in term %d: %d and %d", a.Term, c.self, a.Leader))
 		}
 		c.becomeFollower(a.Term, a.Leader)
-		c.lastContact = c.now
+		c.lastContact, c.forwardTo = c.now, a.Leader
 		c.deferElection()
 		r.Success, r.Hint = c.acceptEntries(a)
 		if r.Success && !a.Heartbeat {

@@ -1,0 +1,390 @@
+package raft
+
+import (
+	"fmt"
+	"net"
+	"net/rpc"
+	"sync"
+	"time"
+)
+
+// link is one outbound connection to one peer, dialled when there is something
+// to send and closed when there was nothing for a while. One goroutine at a
+// time owns it: it dials, sends, and takes the answers, so that a frame pulled
+// by an answer leaves without waking anybody.
+type link struct {
+	server  *Server
+	to      memberID
+	channel channel
+	window  int // unanswered calls at once, and the capacity of answers
+
+	mu      sync.Mutex
+	queue   []outgoing
+	running bool     // a goroutine owns the link
+	conn    net.Conn // the owner's, for hangup
+
+	wakeup  chan struct{}
+	answers chan *rpc.Call
+}
+
+// outgoing is a message, a batch of proposals to forward, or entries to be read first.
+type outgoing struct {
+	m     message
+	batch proposalBatch
+	read  *entryRequest
+}
+
+const (
+	linkWindow      = 64 // calls unanswered on a control link; append windows are the core's
+	forwardsAtOnce  = 4
+	linkIdleTimeout = 10 * time.Second
+)
+
+func newLink(s *Server, to memberID, ch channel) *link {
+	window := linkWindow
+	if ch == channelAppend {
+		window = 2 * s.conf.MaxInflightAppends
+	}
+	return &link{
+		server: s, to: to, channel: ch, window: window,
+		wakeup: make(chan struct{}, 1), answers: make(chan *rpc.Call, window),
+	}
+}
+
+// push queues o; the goroutine that owns the link is started if there is none.
+// The module's lock is held. If too much waits already, o is lost, as on a network.
+func (l *link) push(o outgoing) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if len(l.queue) >= l.window {
+		return false
+	}
+	l.queue = append(l.queue, o)
+	if !l.running {
+		l.running = l.server.cm.start(l.run)
+		if !l.running {
+			return false
+		}
+		l.server.cm.diskUsers.add()
+	}
+	wake(l.wakeup)
+	return true
+}
+
+func (l *link) take(buf []outgoing) []outgoing {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	buf = append(buf[:0], l.queue...)
+	clear(l.queue)
+	l.queue = l.queue[:0]
+	return buf
+}
+
+// hangup closes the connection; the owner notices and tells the core.
+func (l *link) hangup() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.conn != nil {
+		l.conn.Close()
+	}
+}
+
+// leave ends the ownership if nothing is queued.
+func (l *link) leave() bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.running = len(l.queue) > 0
+	return !l.running
+}
+
+// run owns the link until it was idle for a while or the node stops.
+func (l *link) run() {
+	s := l.server
+	defer s.cm.diskUsers.leave()
+	o := linkOwner{link: l}
+	defer o.disconnect()
+	idle := time.NewTimer(linkIdleTimeout)
+	defer idle.Stop()
+	for {
+		select {
+		case <-l.wakeup:
+			o.out = l.take(o.out)
+			o.send()
+			idle.Reset(linkIdleTimeout)
+		case call := <-l.answers:
+			o.answered(call)
+			idle.Reset(linkIdleTimeout)
+		case <-idle.C:
+			if o.outstanding == 0 {
+				o.disconnect()
+				if l.leave() {
+					return
+				}
+			}
+			idle.Reset(linkIdleTimeout)
+		case <-s.cm.done:
+			return
+		}
+	}
+}
+
+// linkOwner is what only the goroutine that owns a link touches.
+type linkOwner struct {
+	*link
+	client      *rpcClient
+	conn        net.Conn
+	outstanding int       // calls whose answers are to come
+	heard       time.Time // the last answer, or when the first unanswered call was sent
+	retryAt     time.Time // no dialling before
+	out         []outgoing
+	calls       []*rpc.Call
+}
+
+// send issues what was queued and writes all of it at once.
+func (o *linkOwner) send() {
+	if o.outstanding > 0 && time.Since(o.heard) > o.server.linkPatience() {
+		o.disconnect() // it answers nothing: dial anew
+	}
+	issued := false
+	for i := range o.out {
+		out := o.out[i]
+		o.out[i] = outgoing{}
+		switch {
+		case out.read != nil:
+			o.server.readEntries(*out.read)
+		case o.outstanding >= o.window || !o.connect():
+			o.server.unsent(o.to, out)
+		default:
+			if o.outstanding == 0 {
+				o.heard = time.Now()
+			}
+			o.outstanding++
+			o.issue(out)
+			issued = true
+		}
+	}
+	if issued {
+		o.client.Flush() // a failure closes the connection, and every call is answered with it
+	}
+}
+
+func (o *linkOwner) issue(out outgoing) {
+	switch {
+	case out.m.append != nil:
+		o.client.Go(methodAppendEntries, &call[appendArgs]{V: *out.m.append}, &call[appendReply]{}, o.answers)
+	case out.m.vote != nil:
+		o.client.Go(methodRequestVote, &call[voteArgs]{V: *out.m.vote}, &call[voteReply]{}, o.answers)
+	default:
+		args := forwardArgs{From: o.server.selfID(), Count: len(out.batch.proposals), Encoded: out.batch.entries.buf, batch: out.batch}
+		o.client.Go(methodForward, &call[forwardArgs]{V: args}, &call[forwardReply]{}, o.answers)
+	}
+}
+
+// connect returns true if there is a connection, after dialling if need be.
+func (o *linkOwner) connect() bool {
+	if o.client != nil {
+		return true
+	}
+	s := o.server
+	if time.Now().Before(o.retryAt) {
+		return false
+	}
+	conn, codec, err := s.dial(o.to, o.channel)
+	if err != nil {
+		o.retryAt = time.Now().Add(s.conf.HeartbeatInterval / 2)
+		return false
+	}
+	o.conn = conn
+	o.link.setConn(conn)
+	o.client = newRPCClient(codec)
+	return true
+}
+
+// disconnect closes the connection and joins net/rpc's goroutine. Calls that
+// were not answered are in o.answers by then, with an error.
+func (o *linkOwner) disconnect() {
+	if o.client == nil {
+		return
+	}
+	o.link.setConn(nil)
+	o.client.Close()
+	o.server.forget(o.conn)
+	o.client, o.conn = nil, nil
+}
+
+// answered steps everything that has been answered, under one lock.
+func (o *linkOwner) answered(first *rpc.Call) {
+	o.calls = append(o.calls[:0], first)
+	for more := true; more; {
+		select {
+		case c := <-o.answers:
+			o.calls = append(o.calls, c)
+		default:
+			more = false
+		}
+	}
+	o.outstanding -= len(o.calls)
+	broken := false
+	cm := o.server.cm
+	cm.mu.Lock()
+	for i, c := range o.calls {
+		if c.Error != nil {
+			broken = true
+		}
+		cm.transition(func(core *core) { o.server.stepAnswer(core, o.to, c) })
+		o.calls[i] = nil
+	}
+	cm.unlock()
+	if broken {
+		o.disconnect()
+	} else {
+		o.heard = time.Now()
+	}
+}
+
+func (l *link) setConn(c net.Conn) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.conn = c
+}
+
+// stepAnswer gives the answer to one call to the core.
+func (s *Server) stepAnswer(c *core, from memberID, answer *rpc.Call) {
+	switch args := answer.Args.(type) {
+	case *call[appendArgs]:
+		if answer.Error != nil {
+			c.onAppendFailed(from, &args.V)
+		} else {
+			c.onAppendReply(from, &args.V, &answer.Reply.(*call[appendReply]).V)
+		}
+	case *call[voteArgs]:
+		if answer.Error == nil {
+			c.onVoteReply(from, &args.V, &answer.Reply.(*call[voteReply]).V)
+		}
+	case *call[forwardArgs]:
+		s.forwardAnswered(from, args.V.batch, &answer.Reply.(*call[forwardReply]).V, answer.Error)
+	}
+}
+
+// forwardAnswered learns which entries forwarded proposals became. Where the
+// leader may have appended them before the connection broke, nobody can tell:
+// they are not sent again.
+func (s *Server) forwardAnswered(from memberID, b proposalBatch, r *forwardReply, err error) {
+	s.forwards[from]--
+	cm := s.cm
+	switch {
+	case err != nil:
+		for _, p := range b.proposals {
+			p.finish(outcomeUnknown(fmt.Errorf("raft: forwarding to the leader: %w", err)))
+		}
+	case r.Refusal == forwardAccepted:
+		cm.core.want(r.First.Index + Index(len(b.proposals)) - 1)
+		settle(cm.pending.add(r.First, b.proposals))
+	case r.Refusal == forwardOverloaded:
+		for _, p := range b.proposals {
+			p.finish(ErrOverloaded)
+		}
+	default:
+		cm.core.notLeading(from)
+		s.putBack(b)
+	}
+	cm.pending.forwardEnds()
+}
+
+// unsent tells the core, or whoever proposed, that out did not leave.
+func (s *Server) unsent(to memberID, out outgoing) {
+	cm := s.cm
+	switch {
+	case out.m.append != nil:
+		cm.step(func(c *core) { c.onAppendFailed(to, out.m.append) })
+	case out.m.vote == nil:
+		cm.step(func(c *core) {
+			s.forwards[to]--
+			c.notLeading(to)
+			s.putBack(out.batch)
+			cm.pending.forwardEnds()
+		})
+	}
+}
+
+// putBack queues proposals again that certainly were appended nowhere.
+func (s *Server) putBack(b proposalBatch) {
+	if err := s.cm.queue.putBack(b); err != nil {
+		for _, p := range b.proposals {
+			p.finish(err)
+		}
+	}
+}
+
+// readEntries performs a read that the core asked for.
+func (s *Server) readEntries(q entryRequest) {
+	entries, err := s.storage.Read(q.lo, q.hi, q.maxBytes)
+	if err != nil {
+		s.cm.step(func(c *core) {
+			if c.log.start.Index < q.lo { // otherwise it was compacted meanwhile
+				c.die(fmt.Errorf("raft: read entry %d for a follower: %w", q.lo, err))
+			}
+			c.entriesRead(q, nil)
+		})
+		return
+	}
+	s.cm.step(func(c *core) { c.entriesRead(q, entries) })
+}
+
+// linkPatience is how long calls may stay unanswered before the connection is
+// taken for hung. The core watches appends itself.
+func (s *Server) linkPatience() time.Duration { return 2 * s.conf.ElectionTimeout }
+
+// send, hangup, read, canForward and forward are the transport that the module
+// drives; its lock is held, so none of them waits.
+
+func (s *Server) send(m message) {
+	ch := channelControl
+	if m.append != nil && !m.append.Heartbeat {
+		ch = channelAppend
+	}
+	if l := s.link(m.to, ch); l != nil {
+		l.push(outgoing{m: m})
+	}
+}
+
+func (s *Server) hangup(to memberID) {
+	if l := s.links[linkKey{to, channelAppend}]; l != nil {
+		l.hangup()
+	}
+}
+
+func (s *Server) read(q entryRequest) {
+	if l := s.link(q.to, channelAppend); l != nil {
+		l.push(outgoing{read: &q})
+	}
+}
+
+func (s *Server) canForward(to memberID) bool {
+	return s.forwards[to] < forwardsAtOnce && s.link(to, channelControl) != nil
+}
+
+func (s *Server) forward(to memberID, b proposalBatch) {
+	if s.link(to, channelControl).push(outgoing{batch: b}) {
+		s.forwards[to]++
+		return
+	}
+	s.putBack(b)
+	s.cm.pending.forwardEnds()
+}
+
+type linkKey struct {
+	to      memberID
+	channel channel
+}
+
+// link returns the link to a member, nil if it is none.
+func (s *Server) link(to memberID, ch channel) *link {
+	k := linkKey{to, ch}
+	l := s.links[k]
+	if l == nil && s.cm.core.configuration.has(to) {
+		l = newLink(s, to, ch)
+		s.links[k] = l
+	}
+	return l
+}

@@ -1,0 +1,378 @@
+package raft
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"iter"
+	"net"
+	"sync"
+	"time"
+)
+
+// Server is one node: a ConsensusModule, its storage and its state machine,
+// and the connections to its peers. All methods may be called from any goroutine.
+type Server struct {
+	conf     Config
+	cm       *ConsensusModule
+	events   *eventLog
+	storage  Storage
+	machine  *applier
+	listener net.Listener
+	dirID    [16]byte
+	nonce    uint64
+	ctx      context.Context // ends when the node dies: every dial and wait
+	cancel   context.CancelFunc
+	ended    <-chan struct{} // closed when every goroutine has ended
+
+	// Guarded by cm.mu.
+	links     map[linkKey]*link
+	forwards  map[memberID]int // unanswered batches of proposals
+	formation *formation       // while forming
+
+	mu     sync.Mutex // the innermost lock
+	conns  map[net.Conn]struct{}
+	served map[servedKey]*servedConn
+	logged map[string]bool // complaints already reported
+	closed bool
+}
+
+// Start recovers a node's state and runs it. It returns once the node listens;
+// forming a cluster, electing and catching up go on behind it. ctx bounds the
+// recovery only; when it ends first, Start undoes what it did. The error is of
+// Config.Validate, a *CorruptError or *IdentityError from the data directory,
+// or of the listener.
+func Start(ctx context.Context, c Config) (*Server, error) {
+	if err := c.Validate(); err != nil {
+		if c.Listener != nil {
+			c.Listener.Close()
+		}
+		return nil, err
+	}
+	c = c.withDefaults()
+	s := &Server{
+		conf:     c,
+		storage:  c.Storage,
+		events:   &eventLog{node: c.ID, logger: c.Logger},
+		links:    map[linkKey]*link{},
+		forwards: map[memberID]int{},
+		conns:    map[net.Conn]struct{}{},
+		served:   map[servedKey]*servedConn{},
+		logged:   map[string]bool{},
+		listener: c.Listener,
+	}
+	if s.storage == nil {
+		s.storage = newDiskStorage(&c)
+	}
+	core, err := s.recover(ctx)
+	if err == nil && s.listener == nil {
+		s.listener, err = listen(ctx, c.Listen)
+	}
+	if err == nil {
+		err = ctx.Err()
+	}
+	if err != nil {
+		if core != nil {
+			s.storage.Close()
+		}
+		if s.listener != nil {
+			s.listener.Close()
+		}
+		return nil, err
+	}
+	s.run(core)
+	return s, nil
+}
+
+func listen(ctx context.Context, addr string) (net.Listener, error) {
+	l, err := (&net.ListenConfig{}).Listen(ctx, "tcp", addr)
+	if err != nil {
+		return nil, fmt.Errorf("raft: listen on %s: %w; set Config.Listen to a free address of this machine", addr, err)
+	}
+	return l, nil
+}
+
+// recover opens the storage and makes a core of what it holds. The core is nil
+// if the storage was not opened.
+func (s *Server) recover(ctx context.Context) (*core, error) {
+	rec, err := s.storage.Open(ctx, Identity{s.conf.ClusterID, s.conf.ID})
+	if err != nil {
+		return nil, err
+	}
+	s.dirID = rec.DirectoryID
+	var nonce [8]byte
+	rand.Read(nonce[:])
+	s.nonce = binary.LittleEndian.Uint64(nonce[:])
+	var conf configuration
+	var self memberID
+	if rec.Config != nil {
+		if conf, err = decodeConfiguration(rec.Config); err == nil {
+			if m := conf.byName(s.conf.ID); m != nil {
+				self = m.id
+			}
+		}
+	}
+	c := newCore(self, s.conf.limits(), rec, conf, newDice(), time.Now())
+	return c, err
+}
+
+func (s *Server) run(c *core) {
+	s.ctx, s.cancel = context.WithCancel(context.Background())
+	s.cm = newConsensusModule(s.storage, c, &s.conf, s.events)
+	s.machine = newApplier(s.cm, s.conf.StateMachine)
+	s.cm.run(s, s.machine)
+	s.cm.mu.Lock()
+	s.ended = s.cm.goroutines.empty()
+	s.cm.start(s.runAccept)
+	if len(c.configuration.members) == 0 {
+		s.startForming()
+	}
+	s.cm.unlock()
+}
+
+// stopped ends everything that waits on the network. The module's lock is held.
+func (s *Server) stopped() {
+	s.cancel()
+	s.listener.Close()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.closed = true
+	for conn := range s.conns {
+		conn.Close()
+	}
+}
+
+// Propose replicates cmd and returns once it is committed and applied on this
+// node, with what this node's Apply returned. Any node takes proposals: one
+// that does not lead forwards them to the leader. cmd is copied. The error is
+// a rejection (ErrNoLeader, ErrOverloaded, ErrStopped, ErrCommandSize,
+// ErrSuperseded), after which cmd will never commit, or matches
+// ErrOutcomeUnknown. ctx governs the wait, never the commit.
+func (s *Server) Propose(ctx context.Context, cmd []byte) (Result, error) {
+	if err := ctx.Err(); err != nil {
+		return Result{}, fmt.Errorf("%w: %w", ErrNoLeader, err)
+	}
+	p := s.Submit(cmd)
+	select {
+	case <-p.done:
+		return p.result, p.err
+	case <-ctx.Done():
+	}
+	if p.abandon() {
+		return Result{}, fmt.Errorf("%w: %w", ErrNoLeader, ctx.Err())
+	}
+	return p.Wait(ctx)
+}
+
+// Submit is Propose without the wait. It never blocks; every error comes from
+// the proposal's Wait.
+func (s *Server) Submit(cmd []byte) *Proposal {
+	p := &Proposal{done: make(chan struct{})}
+	if len(cmd) == 0 || len(cmd) > s.conf.MaxCommandBytes {
+		p.finish(fmt.Errorf("%w: %d bytes, want 1 to %d (Config.MaxCommandBytes)", ErrCommandSize, len(cmd), s.conf.MaxCommandBytes))
+		return p
+	}
+	if err := s.cm.queue.add(cmd, p); err != nil {
+		p.finish(err)
+		return p
+	}
+	s.cm.tryStep()
+	return p
+}
+
+// WaitApplied returns once this node has applied entry i: a write that another
+// node acknowledged with Result.Index can then be read here. The error is
+// ctx's, or matches ErrStopped or *ApplyError.
+func (s *Server) WaitApplied(ctx context.Context, i Index) error {
+	cm := s.cm
+	cm.mu.Lock()
+	done := cm.pending.wait(i)
+	cm.core.want(i)
+	cm.unlock()
+	select {
+	case <-done:
+	case <-ctx.Done():
+		cm.mu.Lock()
+		cm.pending.cancel(done)
+		cm.unlock()
+		return ctx.Err()
+	}
+	cm.mu.Lock()
+	defer cm.unlock()
+	if cm.pending.applied < i {
+		return errors.Unwrap(cm.pending.stopped)
+	}
+	return nil
+}
+
+// WaitLeadership returns once this node leads and has applied everything
+// committed before its term. The returned context ends with the leadership;
+// the term is a fencing token. The error is ctx's or ErrStopped.
+func (s *Server) WaitLeadership(ctx context.Context) (context.Context, Term, error) {
+	cm := s.cm
+	for {
+		cm.mu.Lock()
+		leading, term, changed := cm.leadership.ctx, cm.leadership.term, cm.leadership.changed
+		cm.unlock()
+		if leading != nil {
+			return leading, term, nil
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return nil, 0, ctx.Err()
+		case <-cm.done:
+			return nil, 0, ErrStopped
+		}
+	}
+}
+
+// Done returns a channel that is closed when the node is dead and nothing of
+// it is left: by Close, or by its own failure.
+func (s *Server) Done() <-chan struct{} { return s.ended }
+
+// Err returns nil while the node lives, then why it does not: ErrStopped after
+// Close, otherwise the failure.
+func (s *Server) Err() error {
+	s.cm.mu.Lock()
+	defer s.cm.unlock()
+	switch c := s.cm.core; {
+	case c.role != Dead:
+		return nil
+	case c.failure == nil:
+		return ErrStopped
+	default:
+		return c.failure
+	}
+}
+
+// Close stops the node: afterwards it has no goroutine, no open file, no port,
+// and calls neither storage nor state machine. It hands nothing over; see
+// Shutdown. A running Apply or fsync can't be interrupted: if one does not
+// return in time, Close returns a *StillRunningError after at most 2 seconds,
+// and calling it again waits again.
+func (s *Server) Close() error {
+	s.cm.step(func(c *core) { c.die(nil) })
+	grace := time.NewTimer(s.conf.closeGrace)
+	defer grace.Stop()
+	select {
+	case <-s.ended:
+		return nil
+	case <-grace.C:
+		return &StillRunningError{Apply: Index(s.cm.applying.Load()), Flush: s.cm.flushing.Load() > 0}
+	}
+}
+
+// Shutdown steps down if this node leads, waits until another leads, for at
+// most one election timeout or until ctx ends, and then closes the node.
+func (s *Server) Shutdown(ctx context.Context) error {
+	led := false
+	s.cm.step(func(c *core) { led = c.retire() })
+	if led {
+		s.waitForSuccessor(ctx)
+	}
+	return s.Close()
+}
+
+func (s *Server) waitForSuccessor(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(ctx, s.conf.ElectionTimeout)
+	defer cancel()
+	for e := range s.Events(ctx) {
+		if e.Kind == EventLeader && e.Peer != s.conf.ID {
+			s.cm.mu.Lock()
+			found := s.cm.core.leader != 0
+			s.cm.unlock()
+			if found {
+				return
+			}
+		}
+	}
+}
+
+// Events yields what happened recently, then what happens, until ctx ends or
+// the node is dead. A slow reader misses events and is told how many by
+// Event.Dropped; it never slows the node down.
+func (s *Server) Events(ctx context.Context) iter.Seq[Event] { return s.events.all(ctx) }
+
+// Status is a node's state at one moment.
+type Status struct {
+	ID        NodeID
+	Addr      string // where it listens
+	ClusterID string
+	Role      Role
+	Term      Term
+	Leader    NodeID // "" if unknown
+	First     Index  // of the log; Last+1 if it is empty
+	Last      Index
+	Durable   Index // of Last, what is on this node's disk
+	Commit    Index
+	Applied   Index
+	Members   []Member
+	Missing   []NodeID         // founders that a forming node waits for
+	Followers []FollowerStatus // on the leader
+	Err       error            // why the node is dead, or applies nothing
+}
+
+// FollowerStatus is what a leader knows of a follower.
+type FollowerStatus struct {
+	ID          NodeID
+	Match       Index     // durable there, as far as the leader knows
+	LastContact time.Time // of an answer in this term
+}
+
+// Status returns the node's state. It waits for nothing, and works on a dead
+// node too.
+func (s *Server) Status() Status {
+	cm := s.cm
+	cm.mu.Lock()
+	defer cm.unlock()
+	c := cm.core
+	st := Status{
+		ID: s.conf.ID, Addr: s.listener.Addr().String(), ClusterID: s.conf.ClusterID,
+		Role: c.role, Term: c.currentTerm, Leader: c.leader.label(c),
+		First: c.log.start.Index + 1, Last: c.log.last, Durable: c.durableIndex,
+		Commit: c.commitIndex, Applied: cm.pending.applied, Err: c.failure,
+	}
+	if st.Err == nil && cm.pending.stopped != nil && c.role != Dead {
+		st.Err = errors.Unwrap(cm.pending.stopped)
+	}
+	for _, m := range c.configuration.members {
+		st.Members = append(st.Members, Member{ID: m.name, Addr: m.addr, Learner: m.learner})
+	}
+	for _, p := range c.progress {
+		st.Followers = append(st.Followers, FollowerStatus{ID: p.id.label(c), Match: p.match, LastContact: p.lastContact})
+	}
+	if s.formation != nil {
+		st.Missing = s.formation.missing()
+	}
+	return st
+}
+
+// selfID returns this node's membership.
+func (s *Server) selfID() memberID {
+	s.cm.mu.Lock()
+	defer s.cm.unlock()
+	return s.cm.core.self
+}
+
+// report makes an event of a complaint about a peer, once per peer and reason.
+func (s *Server) report(peer NodeID, what string, err error) {
+	if s.ctx.Err() != nil {
+		return
+	}
+	key := string(peer) + "\x00" + what + "\x00" + errorKind(err)
+	s.mu.Lock()
+	known := s.logged[key] || len(s.logged) >= maxComplaints
+	if !known {
+		s.logged[key] = true
+	}
+	s.mu.Unlock()
+	if !known {
+		s.events.add([]Event{{Time: time.Now(), Kind: EventConnection, Peer: peer, Detail: what, Err: err}})
+		s.events.log()
+	}
+}
+
+const maxComplaints = 1024
