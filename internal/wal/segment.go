@@ -1,0 +1,330 @@
+package wal
+
+import (
+	"errors"
+	"fmt"
+	"path/filepath"
+	"strconv"
+	"strings"
+
+	"example.com/raft/internal/vfs"
+)
+
+// segment is one file of the log.
+type segment struct {
+	header segmentHeader
+	name   string // in the directory
+	file   vfs.File
+	off    int64 // where the next batch goes; owned by the writer
+
+	// Guarded by Log.mu.
+	start   uint64       // stream position of the first record
+	batches []batchPlace // the durable batches that hold records, in order
+	used    bool         // its first batch is durable
+	refs    int          // readers
+}
+
+// batchPlace says where the records of a batch are.
+type batchPlace struct {
+	pos uint64 // stream position of the first
+	off int64  // its offset in the file
+}
+
+// fits reports whether a batch goes in, together with a seal after it and the
+// final seal.
+func (s *segment) fits(space int64) bool { return s.off+space+2*blockSize <= s.header.size }
+
+const (
+	segmentSuffix = ".wal"
+	spareSuffix   = ".spare"
+)
+
+func fileName(number uint64, suffix string) string { return fmt.Sprintf("%016x%s", number, suffix) }
+
+// parseName is the inverse of fileName.
+func parseName(name, suffix string) (number uint64, ok bool) {
+	digits, ok := strings.CutSuffix(name, suffix)
+	if !ok || len(digits) != 16 {
+		return 0, false
+	}
+	number, err := strconv.ParseUint(digits, 16, 64)
+	return number, err == nil && fileName(number, suffix) == name
+}
+
+func (l *Log) path(name string) string { return filepath.Join(l.o.Dir, name) }
+
+// roll makes the next segment current, with room for a batch of the given
+// space. A segment that holds nothing and is too small is replaced instead.
+func (l *Log) roll(space int64) error {
+	l.tendSem <- struct{}{}
+	defer func() { <-l.tendSem }()
+	old := l.cur
+	empty := old.off == blockSize
+	number := old.header.number + 1
+	if empty {
+		number--
+	}
+	seg := l.next
+	if empty || seg == nil || seg.off+space+2*blockSize > seg.header.size {
+		var err error
+		seg, err = l.prepare(segmentHeader{number: number}, space, nil)
+		if err != nil {
+			return err
+		}
+	}
+	if !empty {
+		// The seal is synced before a byte of the next segment is written, and
+		// the next segment's name before the seal.
+		if err := l.seal(old, flagSeal|flagFinal); err != nil {
+			return errors.Join(err, seg.file.Close())
+		}
+		if l.next != nil && l.next != seg { // its name has gone to seg
+			_ = l.next.file.Close()
+		}
+		l.next = nil
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	seg.start = l.writing.start
+	if empty {
+		l.segs[len(l.segs)-1] = seg
+		_ = old.file.Close() // without a name now, and never written
+	} else {
+		l.segs = append(l.segs, seg)
+	}
+	l.cur, l.half = seg, false
+	return nil
+}
+
+// prepare makes a segment that is ready for its first batch, or takes the
+// place of the one with its number: filled, its header synced, then named, the
+// name synced. write, if given, adds batches before it gets its name. The
+// caller holds tendSem, or is alone.
+func (l *Log) prepare(h segmentHeader, space int64, write func(*segment) error) (*segment, error) {
+	if l.dirErr != nil {
+		return nil, l.dirErr
+	}
+	want := l.wantSize()
+	if h.recovered { // not a sign of growth
+		want = int64(l.o.MinSegmentBytes)
+	}
+	seg, err := l.filled(max(want, space+3*blockSize))
+	if err != nil {
+		return nil, l.fullOr(err)
+	}
+	h.version, h.tag, h.size, h.salt = formatVersion, l.o.Tag, seg.header.size, l.o.Rand()
+	seg.header, seg.off = h, blockSize
+	_, err = seg.file.WriteAt(h.encode(), 0)
+	if err == nil && write != nil {
+		err = write(seg)
+	}
+	if err == nil {
+		err = seg.file.Sync()
+	}
+	if err != nil {
+		return nil, l.discard(seg, fmt.Errorf("prepare %s: %w", seg.name, err))
+	}
+	name := fileName(h.number, segmentSuffix)
+	if err := l.o.FS.Rename(l.path(seg.name), l.path(name)); err != nil {
+		l.dirErr = fmt.Errorf("name a segment: %w", err)
+	} else if err := l.o.FS.SyncDir(l.o.Dir); err != nil {
+		l.dirErr = fmt.Errorf("sync the log's directory: %w", err)
+	}
+	seg.name = name
+	if l.dirErr != nil {
+		return nil, errors.Join(l.dirErr, seg.file.Close())
+	}
+	return seg, nil
+}
+
+// discard gives up a file under a spare name, and returns why.
+func (l *Log) discard(seg *segment, why error) error {
+	_ = seg.file.Close()
+	_ = l.o.FS.Remove(l.path(seg.name)) // if it stays, Open removes or recycles it
+	return why
+}
+
+func (l *Log) fullOr(err error) error {
+	if vfs.IsNoSpace(err) {
+		return fmt.Errorf("%w: %w", ErrDiskFull, err)
+	}
+	return err
+}
+
+// wantSize is how long the next segment should be, in bytes.
+func (l *Log) wantSize() int64 {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if len(l.segs) == 0 {
+		return int64(l.o.MinSegmentBytes)
+	}
+	size := 2 * l.segs[len(l.segs)-1].header.size
+	return min(max(size, int64(l.o.MinSegmentBytes)), int64(l.o.MaxSegmentBytes))
+}
+
+// filled returns a file under a spare name, all of it written and synced: a
+// recycled one, or a new one full of zeros, of at least the given size.
+func (l *Log) filled(size int64) (*segment, error) {
+	for i, seg := range l.spares {
+		if seg.header.size >= size {
+			l.spares = append(l.spares[:i:i], l.spares[i+1:]...)
+			l.noteSpares()
+			return seg, nil
+		}
+	}
+	l.spareID++
+	name := fileName(l.spareID, spareSuffix)
+	f, err := l.o.FS.Create(l.path(name))
+	if err != nil {
+		return nil, fmt.Errorf("create a segment: %w", err)
+	}
+	seg := &segment{name: name, file: f, header: segmentHeader{size: size}}
+	if err := l.zeroFill(seg); err != nil {
+		return nil, l.discard(seg, fmt.Errorf("fill %s with zeros: %w", name, err))
+	}
+	return seg, nil
+}
+
+// zeroFill really writes zeros: space that is only reserved would make later
+// syncs write metadata. It syncs as it goes, so that the disk is not taken
+// from the writer for long, and gives up when the log closes.
+func (l *Log) zeroFill(seg *segment) error {
+	const syncEvery = 4 << 20
+	zeros := make([]byte, min(seg.header.size, 256<<10))
+	for off := int64(0); off < seg.header.size; {
+		n := min(int64(len(zeros)), seg.header.size-off)
+		if _, err := seg.file.WriteAt(zeros[:n], off); err != nil {
+			return err
+		}
+		off += n
+		if off%syncEvery == 0 || off == seg.header.size {
+			if err := seg.file.Sync(); err != nil {
+				return err
+			}
+		}
+		select {
+		case <-l.quit:
+			return ErrClosed
+		default:
+		}
+	}
+	return nil
+}
+
+// Release says that records below an LSN will not be needed again. A segment
+// that holds only such records is recycled or removed once the one after it
+// has a durable batch, and nobody reads it.
+func (l *Log) Release(before LSN) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if before > 0 && uint64(before)-1 > l.release {
+		l.release = min(uint64(before)-1, l.durable)
+		if l.releasableLocked() {
+			l.wakeTend()
+		}
+	}
+}
+
+// releasableLocked reports whether the oldest segment can go. mu is held.
+func (l *Log) releasableLocked() bool {
+	return len(l.segs) > 1 && l.segs[1].used && l.segs[1].start <= l.release && l.segs[0].refs == 0
+}
+
+// wakeTend wakes the goroutine. It never blocks.
+func (l *Log) wakeTend() {
+	select {
+	case l.kick <- struct{}{}:
+	default: // it has been woken already
+	}
+}
+
+// runTend is the log's one goroutine. Open starts it, Close ends it.
+func (l *Log) runTend() {
+	defer l.wg.Done()
+	for {
+		select {
+		case <-l.quit:
+			return
+		case <-l.kick:
+			_ = l.Prepare() // Status reports it, and a writer that needs the segment
+		}
+	}
+}
+
+// Prepare reclaims what has been released, and prepares the next segment if
+// the current one is more than half full. With Options.PrepareInline the
+// caller calls it, best after each Flush and Release; otherwise the log does.
+func (l *Log) Prepare() error {
+	l.tendSem <- struct{}{}
+	defer func() { <-l.tendSem }()
+	l.mu.Lock()
+	err := l.err
+	number := l.segs[len(l.segs)-1].header.number + 1
+	want := l.half && l.next == nil
+	l.mu.Unlock()
+	if err != nil {
+		return err
+	}
+	err = l.reclaim()
+	if err == nil && want {
+		l.next, err = l.prepare(segmentHeader{number: number}, 0, nil)
+	}
+	l.mu.Lock()
+	l.tendErr = err
+	l.mu.Unlock()
+	return err
+}
+
+// reclaim recycles or removes released segments, the oldest first, each
+// durably before the next: a gap in the numbers is taken for a lost file.
+func (l *Log) reclaim() error {
+	for l.dirErr == nil {
+		seg := l.takeReleased()
+		if seg == nil {
+			return nil
+		}
+		var err error
+		if len(l.spares) < l.o.MaxSpares && l.recyclable(seg) {
+			l.spareID++
+			spare := &segment{header: seg.header, file: seg.file, name: fileName(l.spareID, spareSuffix)}
+			if err = l.o.FS.Rename(l.path(seg.name), l.path(spare.name)); err == nil {
+				l.spares = append(l.spares, spare)
+				l.noteSpares()
+			} else {
+				err = errors.Join(err, seg.file.Close())
+			}
+		} else {
+			err = errors.Join(seg.file.Close(), l.o.FS.Remove(l.path(seg.name)))
+		}
+		if err == nil {
+			err = l.o.FS.SyncDir(l.o.Dir)
+		}
+		if err != nil {
+			l.dirErr = fmt.Errorf("reclaim %s: %w", seg.name, err)
+		}
+	}
+	return l.dirErr
+}
+
+// takeReleased takes the oldest segment from the list if it can go.
+func (l *Log) takeReleased() *segment {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if !l.releasableLocked() {
+		return nil
+	}
+	seg := l.segs[0]
+	l.segs = append([]*segment(nil), l.segs[1:]...)
+	return seg
+}
+
+// recyclable reports whether a segment is of a size that will be wanted.
+func (l *Log) recyclable(seg *segment) bool {
+	return seg.header.size >= l.wantSize() && seg.header.size <= int64(l.o.MaxSegmentBytes)
+}
+
+func (l *Log) noteSpares() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.spareN = len(l.spares)
+}
