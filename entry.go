@@ -240,3 +240,8 @@ func makeEntry(kind entryKind, id EntryID, at time.Time, data []byte) Entries {
 	b.add(kind, data)
 	return b.seal(id.Index, id.Term, at)
 }
+
+// dataSize returns how long the data of entry i is.
+func (b *entryBuilder) dataSize(i int) int {
+	return int(binary.LittleEndian.Uint32(b.buf[b.offs[i]+4:]))
+}

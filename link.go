@@ -15,7 +15,7 @@ import (
 type link struct {
 	server  *Server
 	to      memberID
-	channel channel
+	channel channelID
 	window  int // unanswered calls at once, and the capacity of answers
 
 	mu      sync.Mutex
@@ -40,7 +40,7 @@ const (
 	linkIdleTimeout = 10 * time.Second
 )
 
-func newLink(s *Server, to memberID, ch channel) *link {
+func newLink(s *Server, to memberID, ch channelID) *link {
 	window := linkWindow
 	if ch == channelAppend {
 		window = 2 * s.conf.MaxInflightAppends
@@ -189,14 +189,14 @@ func (o *linkOwner) connect() bool {
 	if time.Now().Before(o.retryAt) {
 		return false
 	}
-	conn, codec, err := s.dial(o.to, o.channel)
+	conn, client, err := s.dial(o.to, o.channel)
 	if err != nil {
 		o.retryAt = time.Now().Add(s.conf.HeartbeatInterval / 2)
 		return false
 	}
 	o.conn = conn
 	o.link.setConn(conn)
-	o.client = newRPCClient(codec)
+	o.client = client
 	return true
 }
 
@@ -375,11 +375,11 @@ func (s *Server) forward(to memberID, b proposalBatch) {
 
 type linkKey struct {
 	to      memberID
-	channel channel
+	channel channelID
 }
 
 // link returns the link to a member, nil if it is none.
-func (s *Server) link(to memberID, ch channel) *link {
+func (s *Server) link(to memberID, ch channelID) *link {
 	k := linkKey{to, ch}
 	l := s.links[k]
 	if l == nil && s.cm.core.configuration.has(to) {

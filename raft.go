@@ -57,6 +57,9 @@ type ConsensusModule struct {
 	accepting  atomic.Bool  // a step would take queued proposals
 	flushing   atomic.Int32 // writes or fsyncs that run
 	applying   atomic.Uint64
+	lastFlush  atomic.Int64 // unix nanoseconds
+	sealDue    atomic.Bool  // sealTimer runs
+	sealTimer  *time.Timer
 	flushWake  chan struct{}
 	timerWake  chan struct{}
 	applyWake  chan struct{}
@@ -83,6 +86,7 @@ func newConsensusModule(s Storage, c *core, conf *Config, events *eventLog) *Con
 		storage:   s,
 		core:      c,
 		events:    events,
+		sealTimer: time.NewTimer(time.Hour),
 		flushWake: make(chan struct{}, 1),
 		timerWake: make(chan struct{}, 1),
 		applyWake: make(chan struct{}, 1),
@@ -95,6 +99,7 @@ func newConsensusModule(s Storage, c *core, conf *Config, events *eventLog) *Con
 	return cm
 }
 
+// newDice returns the source of one node's random deadlines.
 func newDice() *rand.Rand { return rand.New(rand.NewPCG(rand.Uint64(), rand.Uint64())) }
 
 // run starts the goroutines that every node has.
@@ -297,6 +302,10 @@ func (cm *ConsensusModule) flush() error {
 		return err
 	}
 	took := time.Since(began)
+	cm.lastFlush.Store(time.Now().UnixNano())
+	if !cm.sealDue.Swap(true) {
+		cm.sealTimer.Reset(sealAfter)
+	}
 	cm.step(func(c *core) { c.persisted(lsn, took) })
 	return nil
 }
@@ -313,7 +322,10 @@ func (cm *ConsensusModule) runFlusher() {
 			if staged && cm.flush() != nil {
 				<-cm.done
 			}
+		case <-cm.sealTimer.C:
+			cm.seal()
 		case <-cm.done:
+			cm.sealTimer.Stop()
 			cm.diskUsers.leave()
 			<-cm.diskUsers.empty()
 			cm.flushing.Add(1)
@@ -321,6 +333,31 @@ func (cm *ConsensusModule) runFlusher() {
 			cm.flushing.Add(-1)
 			return
 		}
+	}
+}
+
+// sealer is a Storage that can prove its newest write, so that damage to it
+// can later be told from a crash. Sealing costs a sync, so it waits for a lull.
+type sealer interface{ Seal() error }
+
+const sealAfter = 100 * time.Millisecond
+
+func (cm *ConsensusModule) seal() {
+	idle := time.Since(time.Unix(0, cm.lastFlush.Load()))
+	if idle < sealAfter {
+		cm.sealTimer.Reset(sealAfter - idle)
+		return
+	}
+	cm.sealDue.Store(false)
+	s, ok := cm.storage.(sealer)
+	if !ok {
+		return
+	}
+	cm.flushing.Add(1)
+	err := s.Seal()
+	cm.flushing.Add(-1)
+	if err != nil {
+		cm.fail(err)
 	}
 }
 

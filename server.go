@@ -362,7 +362,7 @@ func (s *Server) report(peer NodeID, what string, err error) {
 	if s.ctx.Err() != nil {
 		return
 	}
-	key := string(peer) + "\x00" + what + "\x00" + errorKind(err)
+	key := string(peer) + "\x00" + what + "\x00" + reason(err)
 	s.mu.Lock()
 	known := s.logged[key] || len(s.logged) >= maxComplaints
 	if !known {
@@ -376,3 +376,20 @@ func (s *Server) report(peer NodeID, what string, err error) {
 }
 
 const maxComplaints = 1024
+
+// reason reduces an error to what makes it the same complaint again: addresses
+// and counts in its text differ each time.
+func reason(err error) string {
+	var h *HandshakeError
+	if errors.As(err, &h) {
+		return h.Reason.String()
+	}
+	var op *net.OpError
+	if errors.As(err, &op) {
+		return op.Op
+	}
+	if errors.Is(err, errFrame) {
+		return "frame"
+	}
+	return fmt.Sprintf("%T", err)
+}

@@ -10,12 +10,13 @@ import (
 )
 
 // Save is what one transition changed of a node's persistent state. Its parts
-// become durable together.
+// become durable in the order of the fields, entries by ascending index; LSN is
+// reached when all are.
 type Save struct {
 	LSN       LSN
 	HardState *HardState // nil: unchanged
-	Start     *EntryID   // nil: unchanged; the log now begins after this entry
 	Entries   []Entries  // without a gap; they replace whatever the log had from their first on
+	Start     *EntryID   // nil: unchanged; the log now begins after this entry
 }
 
 // Recovered is the state that a Storage found.

@@ -1,0 +1,425 @@
+package raft
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"hash/crc32"
+	"io"
+	"io/fs"
+	"path/filepath"
+	"slices"
+	"sort"
+	"sync"
+
+	"example.com/raft/internal/vfs"
+	"example.com/raft/internal/wal"
+)
+
+// Kinds of records in the write-ahead log (docs/FORMAT.md, "Records written by raft").
+const (
+	recordHardState byte = 1 // carried into every segment
+	recordEntries   byte = 2
+	recordStart     byte = 3 // carried into every segment
+)
+
+// diskStorage is the Storage of Config.Dir: an identity file and a write-ahead
+// log. It holds no entries in memory, only where each run of them is.
+type diskStorage struct {
+	fs        vfs.FS
+	dir       string
+	tailBytes int // of entries given to the core at Open
+	options   wal.Options
+	salt      func(b []byte) // random bytes for the directory ID
+	lock      io.Closer
+	log       *wal.Log
+
+	// copying is held while staged saves are copied into the log's buffer, so
+	// that they get there in order. It is locked before mu.
+	copying sync.Mutex
+
+	mu       sync.Mutex
+	staged   []Save
+	taken    LSN // the newest save in the log's buffer
+	spans    []entrySpan
+	configs  []configAt
+	start    EntryID
+	released Index
+}
+
+// entrySpan says where consecutive entries are: in the record at lsn, which
+// begins with entry first. Entries after last were truncated later.
+type entrySpan struct {
+	first, last Index
+	lsn         wal.LSN
+	size        int // bytes of the record
+}
+
+type configAt struct {
+	index Index
+	data  []byte
+}
+
+func newDiskStorage(c *Config) *diskStorage {
+	return &diskStorage{
+		fs: vfs.OS(), dir: c.Dir, tailBytes: c.MaxLogMemoryBytes,
+		options: wal.Options{MaxSegmentBytes: c.MaxSegmentBytes &^ 4095},
+		salt:    func(b []byte) { rand.Read(b) },
+	}
+}
+
+func (d *diskStorage) Open(ctx context.Context, id Identity) (rec Recovered, err error) {
+	if err := d.fs.MkdirAll(d.dir); err != nil {
+		return rec, fmt.Errorf("raft: make data directory %s: %w", d.dir, err)
+	}
+	d.lock, err = d.fs.Lock(filepath.Join(d.dir, "lock"))
+	if err != nil {
+		return rec, fmt.Errorf("raft: data directory %s is in use by another node: %w", d.dir, err)
+	}
+	defer func() {
+		if err != nil {
+			d.lock.Close()
+		}
+	}()
+	if rec.DirectoryID, err = d.openIdentity(id); err != nil {
+		return rec, err
+	}
+	var l raftLog
+	d.options.FS, d.options.Dir, d.options.Tag = d.fs, filepath.Join(d.dir, "wal"), rec.DirectoryID
+	d.options.Carry = []byte{recordHardState, recordStart}
+	d.log, err = wal.Open(ctx, d.options, func(lsn wal.LSN, r wal.Record) error {
+		return d.replay(&rec, &l, lsn, r)
+	})
+	if err != nil {
+		return rec, d.explain(err)
+	}
+	rec.Start, rec.Last, rec.Runs, rec.Tail = l.start, l.last, l.runs, l.tail
+	d.start = l.start
+	if n := len(d.configs); n > 0 {
+		rec.Config, rec.ConfigIndex = d.configs[n-1].data, d.configs[n-1].index
+	}
+	return rec, nil
+}
+
+// replay takes one record of the log, oldest first.
+func (d *diskStorage) replay(rec *Recovered, l *raftLog, lsn wal.LSN, r wal.Record) error {
+	malformed := func(what string, err error) error {
+		return &CorruptError{File: d.options.Dir, Found: fmt.Sprintf("a record of %s that can't be read (%v), at position %d", what, err, lsn), Do: doRestore}
+	}
+	f := reader{b: r.Data}
+	switch r.Kind {
+	case recordHardState:
+		rec.HardState = HardState{Term(f.uint64()), f.uint64()}
+		if err := f.finish(); err != nil {
+			return malformed("the hard state", err)
+		}
+	case recordStart:
+		start, conf := f.entryID(), configAt{index: Index(f.uint64())}
+		conf.data = slices.Clone(f.b)
+		if f.err != nil {
+			return malformed("the log's start", f.err)
+		}
+		d.replayStart(l, start, conf)
+	case recordEntries:
+		if len(r.Data) < entryHeaderBytes {
+			return malformed("entries", errShort)
+		}
+		e, err := ParseEntries(Index(binary.LittleEndian.Uint64(r.Data[8:])), slices.Clone(r.Data))
+		if err != nil {
+			return malformed("entries", err)
+		}
+		if e.First() > l.last+1 && l.last > 0 || e.Last() <= l.start.Index {
+			if e.Last() <= l.start.Index {
+				return nil // forgotten since
+			}
+			return malformed("entries", fmt.Errorf("entry %d follows entry %d", e.First(), l.last))
+		}
+		if e.First() <= l.start.Index {
+			e = e.slice(int(l.start.Index-e.First())+1, e.Len())
+		}
+		l.truncate(e.First())
+		if l.last == 0 && e.First() > 1 {
+			return nil // its beginning was released; a start record follows
+		}
+		l.append(e)
+		l.evict(d.tailBytes, l.last)
+		d.index(e, lsn, len(r.Data))
+	default:
+		return malformed(fmt.Sprintf("unknown kind %d", r.Kind), errors.New("a newer release may have written it"))
+	}
+	return nil
+}
+
+func (d *diskStorage) replayStart(l *raftLog, start EntryID, conf configAt) {
+	if start.Index <= l.start.Index {
+		return
+	}
+	if start.Index <= l.last {
+		l.compact(start.Index)
+	} else {
+		*l = newRaftLog(start, start.Index, nil, nil)
+	}
+	d.start = start
+	d.configs = slices.DeleteFunc(d.configs, func(c configAt) bool { return c.index <= conf.index })
+	if conf.index > 0 {
+		d.configs = slices.Insert(d.configs, 0, conf)
+	}
+	d.forget(start.Index)
+}
+
+// index notes where entries are, and drops what they replace.
+func (d *diskStorage) index(e Entries, lsn wal.LSN, size int) {
+	for n := len(d.spans); n > 0 && d.spans[n-1].last >= e.First(); n = len(d.spans) {
+		if d.spans[n-1].first < e.First() {
+			d.spans[n-1].last = e.First() - 1
+			break
+		}
+		d.spans = d.spans[:n-1]
+	}
+	d.configs = slices.DeleteFunc(d.configs, func(c configAt) bool { return c.index >= e.First() })
+	d.spans = append(d.spans, entrySpan{e.First(), e.Last(), lsn, size})
+	for i := range e.Len() {
+		if e.kind(i) == entryConfiguration {
+			d.configs = append(d.configs, configAt{e.First() + Index(i), slices.Clone(e.data(i))})
+		}
+	}
+}
+
+// forget drops the index of entries up to i.
+func (d *diskStorage) forget(i Index) {
+	n := 0
+	for n < len(d.spans) && d.spans[n].last <= i {
+		n++
+	}
+	d.spans = slices.Delete(d.spans, 0, n)
+}
+
+func (d *diskStorage) Append(s Save) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.staged = append(d.staged, s)
+}
+
+func (d *diskStorage) Flush() (LSN, error) {
+	lsn, release := d.stage()
+	if err := d.log.Flush(); err != nil {
+		return 0, fmt.Errorf("raft: the log can't be written any more, so this node stops; check the disk of %s: %w", d.dir, err)
+	}
+	if release > 0 {
+		d.log.Release(release)
+	}
+	return lsn, nil
+}
+
+// stage copies what was appended into the log's buffer. It returns the newest
+// save there, and before which position the log is not needed any more.
+func (d *diskStorage) stage() (lsn LSN, release wal.LSN) {
+	d.copying.Lock()
+	defer d.copying.Unlock()
+	d.mu.Lock()
+	saves := d.staged
+	d.staged = nil
+	d.mu.Unlock()
+	for i := range saves {
+		release = max(release, d.stageOne(&saves[i]))
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.taken, release
+}
+
+func (d *diskStorage) stageOne(s *Save) (release wal.LSN) {
+	recs := make([]wal.Record, 0, 2+len(s.Entries))
+	if s.HardState != nil {
+		recs = append(recs, wal.Record{Kind: recordHardState, Data: appendUint64s(nil, uint64(s.HardState.Term), s.HardState.VotedFor)})
+	}
+	for _, e := range s.Entries {
+		recs = append(recs, wal.Record{Kind: recordEntries, Data: e.Encoded()})
+	}
+	if s.Start != nil {
+		conf := d.configAsOf(s.Start.Index)
+		data := appendUint64s(nil, uint64(s.Start.Index), uint64(s.Start.Term), uint64(conf.index))
+		recs = append(recs, wal.Record{Kind: recordStart, Data: data, Parts: [][]byte{conf.data}})
+	}
+	last := wal.LSN(0)
+	lsns := make([]wal.LSN, len(recs))
+	for i := range recs {
+		// One call per record gives each one's position; nobody flushes between,
+		// because copying is held.
+		lsns[i] = d.log.Append(recs[i])
+		last = lsns[i]
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	for i, r := range recs {
+		if r.Kind == recordEntries {
+			e := s.Entries[0]
+			s.Entries = s.Entries[1:]
+			d.index(e, lsns[i], len(r.Data))
+		}
+	}
+	d.taken = s.LSN
+	if s.Start == nil {
+		return 0
+	}
+	d.start = *s.Start
+	d.forget(s.Start.Index)
+	if len(d.spans) > 0 {
+		return d.spans[0].lsn
+	}
+	return last
+}
+
+// configAsOf returns the newest configuration at or before i, and forgets older ones.
+func (d *diskStorage) configAsOf(i Index) configAt {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	n := sort.Search(len(d.configs), func(k int) bool { return d.configs[k].index > i })
+	if n == 0 {
+		return configAt{}
+	}
+	d.configs = d.configs[n-1:]
+	return d.configs[0]
+}
+
+func (d *diskStorage) Read(lo, hi Index, maxBytes int) ([]Entries, error) {
+	var out []Entries
+	for lo <= hi && maxBytes > 0 {
+		d.mu.Lock()
+		k := sort.Search(len(d.spans), func(k int) bool { return d.spans[k].last >= lo })
+		if k == len(d.spans) || d.spans[k].first > lo || lo <= d.start.Index {
+			d.mu.Unlock()
+			if len(out) > 0 {
+				break
+			}
+			return nil, fmt.Errorf("raft: entry %d is not in the log", lo)
+		}
+		span := d.spans[k]
+		d.mu.Unlock()
+		r, err := d.log.ReadAt(span.lsn, make([]byte, 0, span.size+64))
+		if err != nil {
+			return nil, d.explain(err)
+		}
+		e, err := ParseEntries(span.first, r.Data)
+		if err != nil {
+			return nil, &CorruptError{File: d.options.Dir, Found: fmt.Sprintf("entries from %d on that can't be read (%v)", span.first, err), Do: doRestore}
+		}
+		e = e.slice(int(lo-span.first), int(min(span.last, hi)-span.first)+1).upTo(maxBytes)
+		if len(out) > 0 && e.size() > maxBytes {
+			break
+		}
+		out = append(out, e)
+		maxBytes -= e.size()
+		lo = e.Last() + 1
+	}
+	return out, nil
+}
+
+// Seal proves the newest batch, so that damage to it can be told from a crash.
+func (d *diskStorage) Seal() error { return d.log.Seal() }
+
+func (d *diskStorage) Close() error {
+	if d.log == nil {
+		return nil
+	}
+	return errors.Join(d.log.Close(), d.lock.Close())
+}
+
+const doRestore = "restore this directory from a backup, or remove this node from the cluster and add it again with an empty directory; nothing was changed"
+
+// explain turns the log's errors into this package's.
+func (d *diskStorage) explain(err error) error {
+	var corrupt *wal.CorruptError
+	var version *wal.VersionError
+	var tag *wal.TagError
+	switch {
+	case errors.As(err, &corrupt):
+		return &CorruptError{File: corrupt.File, Offset: corrupt.Offset, Found: corrupt.Found, Do: corrupt.Do}
+	case errors.As(err, &version):
+		return &IdentityError{version.File, fmt.Sprintf("format version %d", version.Found), fmt.Sprintf("at most %d", version.Max), "run the release that wrote it, or a later one; nothing was changed"}
+	case errors.As(err, &tag):
+		return &IdentityError{tag.File, fmt.Sprintf("a file of directory %x", tag.Found), fmt.Sprintf("one of directory %x", tag.Want), "move it back to where it came from; nothing was changed"}
+	}
+	return err
+}
+
+// The identity file says whose directory this is (docs/FORMAT.md, "Identity").
+const (
+	identityMagic   = "RAFI"
+	identityVersion = 1
+)
+
+// openIdentity reads the identity file, or makes one in an empty directory. It
+// is written under another name, synced and renamed, so that a directory
+// exists once its identity does.
+func (d *diskStorage) openIdentity(id Identity) (dirID [16]byte, err error) {
+	name := filepath.Join(d.dir, "identity")
+	f, err := d.fs.Open(name)
+	if errors.Is(err, fs.ErrNotExist) {
+		return d.makeIdentity(name, id)
+	}
+	if err != nil {
+		return dirID, fmt.Errorf("raft: open %s: %w", name, err)
+	}
+	defer f.Close()
+	size, err := f.Size()
+	if err != nil {
+		return dirID, fmt.Errorf("raft: read %s: %w", name, err)
+	}
+	b := make([]byte, min(size, 4096))
+	if n, err := f.ReadAt(b, 0); n < len(b) {
+		return dirID, fmt.Errorf("raft: read %s: %w", name, err)
+	}
+	if len(b) < 12 || string(b[:4]) != identityMagic {
+		return dirID, &CorruptError{File: name, Found: fmt.Sprintf("%d bytes that do not begin with %s", size, identityMagic), Do: doRestore}
+	}
+	if v := binary.LittleEndian.Uint32(b[4:]); v != identityVersion {
+		return dirID, &IdentityError{name, fmt.Sprintf("format version %d", v), fmt.Sprintf("%d", identityVersion), "run the release that wrote it, or a later one; nothing was changed"}
+	}
+	if crc32.Checksum(b[12:], castagnoli) != binary.LittleEndian.Uint32(b[8:]) {
+		return dirID, &CorruptError{File: name, Offset: 8, Found: "a checksum that does not match", Do: doRestore}
+	}
+	r := reader{b: b[12:]}
+	copy(dirID[:], r.bytes(16))
+	found := Identity{r.string(), NodeID(r.string())}
+	if err := r.finish(); err != nil {
+		return dirID, &CorruptError{File: name, Offset: 12, Found: err.Error(), Do: doRestore}
+	}
+	if found != id {
+		return dirID, &IdentityError{name, found.String(), id.String(), "set Config.Dir to this node's own directory; nothing was changed"}
+	}
+	return dirID, nil
+}
+
+func (d *diskStorage) makeIdentity(name string, id Identity) (dirID [16]byte, err error) {
+	if names, err := d.fs.List(filepath.Join(d.dir, "wal")); err == nil && len(names) > 0 {
+		return dirID, &CorruptError{File: name, Found: "no identity file beside a log", Do: doRestore}
+	}
+	d.salt(dirID[:])
+	body := appendString(appendString(slices.Clone(dirID[:]), id.ClusterID), string(id.NodeID))
+	b := binary.LittleEndian.AppendUint32([]byte(identityMagic), identityVersion)
+	b = binary.LittleEndian.AppendUint32(b, crc32.Checksum(body, castagnoli))
+	b = append(b, body...)
+	tmp := name + ".tmp"
+	if err := d.fs.Remove(tmp); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return dirID, fmt.Errorf("raft: %w", err)
+	}
+	f, err := d.fs.Create(tmp)
+	if err != nil {
+		return dirID, fmt.Errorf("raft: make %s: %w", tmp, err)
+	}
+	_, err = f.WriteAt(b, 0)
+	err = errors.Join(err, f.Sync(), f.Close())
+	if err == nil {
+		err = d.fs.Rename(tmp, name)
+	}
+	if err == nil {
+		err = d.fs.SyncDir(d.dir)
+	}
+	if err != nil {
+		return dirID, fmt.Errorf("raft: write %s: %w", name, err)
+	}
+	return dirID, nil
+}

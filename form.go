@@ -1,0 +1,309 @@
+package raft
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"net"
+	"strings"
+	"time"
+)
+
+// This file is the networked side of formation.go and handshake.go: who this
+// node is in greetings, dialling and accepting, and asking founders until
+// entry 1 is decided.
+
+const handshakeTimeout = 5 * time.Second
+
+// me returns who this node is. The module's lock is held.
+func (s *Server) me() identity {
+	return identity{
+		Cluster: s.conf.ClusterID, ClusterUUID: s.cm.core.configuration.clusterUUID,
+		Node: s.conf.ID, DirectoryID: s.dirID, Nonce: s.nonce,
+	}
+}
+
+// dial opens a connection to a member for a channel, handshake included.
+func (s *Server) dial(to memberID, ch channelID) (net.Conn, *rpcClient, error) {
+	s.cm.mu.Lock()
+	me := s.me()
+	var m member
+	if found := s.cm.core.configuration.find(to); found != nil {
+		m = *found
+	}
+	s.cm.unlock()
+	if m.id == 0 {
+		return nil, nil, errNoMember
+	}
+	raw, conn, w, err := s.greet(m.addr, me.hello(m.name, ch))
+	if err != nil {
+		s.report(m.name, "dialling", err)
+		return nil, nil, err
+	}
+	if m.dirID != ([16]byte{}) && w.DirectoryID != m.dirID {
+		s.forget(raw)
+		err := &HandshakeError{Reason: HandshakeOtherDirectory, Peer: string(m.name), Text: "it answers with another data directory than the one the cluster knows"}
+		s.report(m.name, "dialling", err)
+		return nil, nil, err
+	}
+	return raw, newRPCClient(conn, w.Version, s.codecLimits(ch)), nil
+}
+
+var errNoMember = errors.New("raft: no such member")
+
+// greet dials addr and introduces this node. raw is to be given to forget.
+func (s *Server) greet(addr string, h hello) (raw, conn net.Conn, w welcome, err error) {
+	ctx, cancel := context.WithTimeout(s.ctx, s.dialTimeout())
+	defer cancel()
+	raw, err = s.conf.DialContext(ctx, "tcp", addr)
+	if err != nil {
+		return nil, nil, w, err
+	}
+	if !s.remember(raw, 0) {
+		raw.Close()
+		return nil, nil, w, ErrStopped
+	}
+	conn = raw
+	if s.conf.TLS != nil {
+		conn = tls.Client(raw, tlsFor(s.conf.TLS, addr))
+	}
+	if w, err = dialHandshake(conn, h, handshakeTimeout); err != nil {
+		s.forget(raw)
+		return nil, nil, w, err
+	}
+	return raw, conn, w, nil
+}
+
+// tlsFor names the host to be verified, unless the configuration names one.
+func tlsFor(c *tls.Config, addr string) *tls.Config {
+	if c.ServerName != "" {
+		return c
+	}
+	c = c.Clone()
+	c.ServerName, _, _ = net.SplitHostPort(addr)
+	return c
+}
+
+// dialTimeout: a peer that does not answer must not hold up the next attempt
+// for much longer than an election.
+func (s *Server) dialTimeout() time.Duration { return max(s.conf.ElectionTimeout, time.Second) }
+
+// accept hears who dialled and decides whether it may talk.
+func (s *Server) accept(conn net.Conn) (hello, welcome, error) {
+	return acceptHandshake(conn, func(h hello) (welcome, *refusal) {
+		s.cm.mu.Lock()
+		defer s.cm.unlock()
+		c, me := s.cm.core, s.me()
+		var known [16]byte
+		if m := c.configuration.byName(h.From); m != nil {
+			known = m.dirID
+		}
+		if no := me.check(h, known); no != nil {
+			return welcome{}, no
+		}
+		formed := len(c.configuration.members) > 0
+		switch {
+		case c.role == Dead:
+			return welcome{}, &refusal{HandshakeStopping, "this node is stopping"}
+		case h.Role == roleClient:
+			return welcome{}, &refusal{HandshakeRoleRefused, "clients are not served by this release"}
+		case h.Channel != channelFormation && !formed:
+			return welcome{}, &refusal{HandshakeRoleRefused, "this node has not formed or joined a cluster yet"}
+		}
+		return me.welcome(), nil
+	}, handshakeTimeout)
+}
+
+func (s *Server) codecLimits(ch channelID) codecLimits {
+	l := codecLimits{
+		maxBody:      s.conf.MaxFrameBytes + s.conf.MaxCommandBytes + entryHeaderBytes + 4096,
+		maxInflight:  max(2*s.conf.MaxInflightAppends, linkWindow) + 1,
+		readBuffer:   64 << 10,
+		writeTimeout: max(s.conf.ElectionTimeout, time.Second),
+		frameTimeout: 30 * time.Second,
+	}
+	if ch == channelControl {
+		// A forwarded batch is everything that was queued.
+		l.maxBody = max(l.maxBody, s.conf.MaxQueueBytes+s.conf.MaxCommandBytes+4096)
+		l.readBuffer = 4 << 10
+	}
+	return l
+}
+
+// startForming prepares an unformed node. The module's lock is held.
+func (s *Server) startForming() {
+	if len(s.conf.Bootstrap) == 0 {
+		s.emit(Event{Kind: EventForming, Detail: "empty data directory and empty Bootstrap: waiting to be added by a member of the cluster"})
+		return
+	}
+	f, err := newFormation(s.conf.ClusterID, s.conf.ID, s.dirID, s.conf.Bootstrap)
+	if err != nil {
+		s.cm.transition(func(c *core) { c.die(err) })
+		return
+	}
+	s.formation = f
+	s.cm.diskUsers.add()
+	s.cm.start(s.runForming)
+}
+
+func (s *Server) emit(e Event) {
+	e.Time = time.Now()
+	s.events.add([]Event{e})
+}
+
+// runForming asks the other founders until entry 1 is decided, makes it
+// durable, and puts the node into its cluster. It ends then, or with the node.
+func (s *Server) runForming() {
+	defer s.cm.diskUsers.leave()
+	said := ""
+	for {
+		s.cm.mu.Lock()
+		missing, done := s.formation.missing(), s.formation.done()
+		s.cm.unlock()
+		if done {
+			s.formed()
+			return
+		}
+		if now := fmt.Sprint(missing); now != said {
+			said = now
+			s.emit(Event{Kind: EventForming, Detail: "waiting to hear from " + joinIDs(missing)})
+			s.events.log()
+		}
+		for _, id := range missing {
+			if err := s.askFounder(id); err != nil {
+				s.report(id, "forming", err)
+			}
+		}
+		s.cm.mu.Lock()
+		done = s.formation.done()
+		s.cm.unlock()
+		if !done {
+			s.pause(s.conf.HeartbeatInterval)
+		}
+		if s.stopping() {
+			return
+		}
+	}
+}
+
+func joinIDs(ids []NodeID) string {
+	var b strings.Builder
+	for i, id := range ids {
+		if i > 0 {
+			b.WriteString(", ")
+		}
+		b.WriteString(string(id))
+	}
+	return b.String()
+}
+
+// askFounder exchanges with one founder what both know.
+func (s *Server) askFounder(id NodeID) error {
+	addr := ""
+	for _, m := range s.conf.Bootstrap {
+		if m.ID == id {
+			addr = m.Addr
+		}
+	}
+	s.cm.mu.Lock()
+	me, mine := s.me(), s.formation.answer()
+	s.cm.unlock()
+	raw, conn, w, err := s.greet(addr, me.hello(id, channelFormation))
+	if err != nil {
+		return err
+	}
+	defer s.forget(raw)
+	its, err := dialFormation(conn, mine, handshakeTimeout)
+	if err != nil {
+		return err
+	}
+	if its.DirectoryID != w.DirectoryID {
+		return &HandshakeError{Reason: HandshakeMalformed, Peer: string(id), Text: "it gives two directory IDs"}
+	}
+	return s.heardFounder(id, its)
+}
+
+// heardFounder takes what a founder said. A contradiction ends the node:
+// nothing that it could do by itself would resolve it.
+func (s *Server) heardFounder(id NodeID, a formAnswer) error {
+	s.cm.mu.Lock()
+	defer s.cm.unlock()
+	if s.formation == nil || s.cm.core.role == Dead {
+		return nil
+	}
+	_, err := s.formation.heard(id, a)
+	var final *FormationError
+	if errors.As(err, &final) {
+		s.cm.transition(func(c *core) { c.die(err) })
+	}
+	return err
+}
+
+// formed steps the decided entry 1 into the core and makes it durable; only
+// then others are told of it.
+func (s *Server) formed() {
+	s.cm.mu.Lock()
+	entry1 := s.formation.entry1()
+	conf, err := decodeConfiguration(entry1.data(0))
+	if err != nil {
+		s.cm.transition(func(c *core) { c.die(err) })
+	} else {
+		s.cm.transition(func(c *core) { c.form(conf.byName(s.conf.ID).id, entry1, conf) })
+	}
+	s.cm.unlock()
+	if s.cm.flush() != nil {
+		return
+	}
+	s.cm.mu.Lock()
+	s.formation.saved()
+	s.emit(Event{Kind: EventFormed, Detail: describeMembers(conf.list())})
+	s.cm.unlock()
+}
+
+// answerFormation tells a founder where this node stands. A node that holds a
+// log answers with its entry 1.
+func (s *Server) answerFormation(conn net.Conn, h hello) error {
+	return acceptFormation(conn, func(its formAnswer) (formAnswer, error) {
+		s.cm.mu.Lock()
+		f := s.formation
+		s.cm.unlock()
+		if f == nil {
+			return s.answerFormed()
+		}
+		if its.DirectoryID != h.DirectoryID {
+			return formAnswer{}, errors.New("raft: the founder gives two directory IDs")
+		}
+		if err := s.heardFounder(h.From, its); err != nil {
+			return formAnswer{}, err
+		}
+		s.cm.mu.Lock()
+		defer s.cm.unlock()
+		return f.answer(), nil
+	}, handshakeTimeout)
+}
+
+// answerFormed is the answer of a node that recovered its log: the first
+// configuration in it.
+func (s *Server) answerFormed() (formAnswer, error) {
+	s.cm.mu.Lock()
+	c := s.cm.core
+	if len(c.configuration.members) == 0 || c.log.start.Index > 0 || c.role == Dead {
+		s.cm.unlock()
+		return formAnswer{}, errors.New("raft: this node has no first entry to show: it is not formed, or has compacted it")
+	}
+	runs, ok := c.log.from(1, 1, 1)
+	if !ok {
+		s.cm.diskUsers.add()
+	}
+	s.cm.unlock()
+	if !ok {
+		var err error
+		runs, err = s.storage.Read(1, 1, 1)
+		s.cm.diskUsers.leave()
+		if err != nil {
+			return formAnswer{}, err
+		}
+	}
+	return formAnswer{DirectoryID: s.dirID, Entry1: runs[0].Encoded()}, nil
+}

@@ -1,0 +1,336 @@
+package raft
+
+import (
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"net"
+	"net/rpc"
+	"sync/atomic"
+	"time"
+)
+
+// This file is the inbound half of a node: it accepts connections, asks who is
+// there, and serves what the connection is for.
+
+const maxConnections = 256 // inbound at once; more are closed unread
+
+// runAccept starts a goroutine for each connection.
+func (s *Server) runAccept() {
+	defer s.listener.Close()
+	backoff := time.Duration(0)
+	for {
+		conn, err := s.listener.Accept()
+		if err != nil {
+			if s.ctx.Err() != nil || errors.Is(err, net.ErrClosed) {
+				if s.ctx.Err() == nil {
+					s.cm.fail(fmt.Errorf("raft: the listener was closed from outside: %w", err))
+				}
+				return
+			}
+			// Out of file descriptors, most likely: it passes.
+			backoff = min(max(2*backoff, 5*time.Millisecond), time.Second)
+			s.report("", "accept", err)
+			s.pause(backoff)
+			continue
+		}
+		backoff = 0
+		if !s.remember(conn, maxConnections) {
+			conn.Close()
+			continue
+		}
+		s.cm.mu.Lock()
+		started := s.cm.start(func() { s.serve(conn) })
+		s.cm.unlock()
+		if !started {
+			s.forget(conn)
+		}
+	}
+}
+
+// pause waits for d or until the node stops.
+func (s *Server) pause(d time.Duration) {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+	case <-s.ctx.Done():
+	}
+}
+
+// remember makes stopped close conn. It returns false if the node stops or has
+// limit connections already (0: no limit).
+func (s *Server) remember(conn net.Conn, limit int) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.closed || limit > 0 && len(s.conns) >= limit {
+		return false
+	}
+	s.conns[conn] = struct{}{}
+	return true
+}
+
+// forget closes conn.
+func (s *Server) forget(conn net.Conn) {
+	conn.Close()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	delete(s.conns, conn)
+}
+
+// serve owns one inbound connection to its end.
+func (s *Server) serve(raw net.Conn) {
+	defer s.forget(raw)
+	conn := raw
+	if s.conf.TLS != nil {
+		conn = tls.Server(raw, s.conf.TLS)
+	}
+	h, w, err := s.accept(conn)
+	if err != nil {
+		s.report(peerName(h, raw), "accepting", err)
+		return
+	}
+	if h.Channel != channelFormation {
+		s.serveRPC(conn, h, w)
+	} else if err := s.answerFormation(conn, h); err != nil {
+		s.report(h.From, "forming", err)
+	}
+}
+
+// peerName names a peer for reports: by its ID, or by its host if it gave none.
+func peerName(h hello, conn net.Conn) NodeID {
+	if h.From != "" {
+		return h.From
+	}
+	host, _, _ := net.SplitHostPort(conn.RemoteAddr().String())
+	return NodeID(host)
+}
+
+// servedKey: a peer has one connection per channel. A new one replaces the old.
+type servedKey struct {
+	from    NodeID
+	channel channelID
+}
+
+// servedConn is one inbound connection of a peer.
+type servedConn struct {
+	server *Server
+	from   NodeID
+	codec  *serverCodec
+	open   atomic.Int32  // requests without a reply yet
+	ready  chan struct{} // signalled at each reply
+	ended  chan struct{}
+	next   chan struct{} // holds one token: whoever may wait to replace this
+}
+
+// ticket is the token of one request: where its reply goes.
+type ticket struct {
+	conn *servedConn
+	seq  uint64
+}
+
+// reply is called with the module's lock held, when the reply may leave.
+func (t ticket) reply(m message) {
+	if m.voteReply != nil {
+		t.conn.codec.WriteDeferred(t.seq, m.voteReply)
+	} else {
+		t.conn.codec.WriteDeferred(t.seq, m.appendReply)
+	}
+	t.conn.open.Add(-1)
+	wake(t.conn.ready)
+}
+
+// serveRPC serves a peer's control or append connection. It ends when the
+// connection does.
+func (s *Server) serveRPC(conn net.Conn, h hello, w welcome) {
+	c := &servedConn{
+		server: s, from: h.From, codec: newServerCodec(conn, w.Version, s.codecLimits(h.Channel)),
+		ready: make(chan struct{}, 1), ended: make(chan struct{}), next: make(chan struct{}, 1),
+	}
+	if !s.replace(servedKey{h.From, h.Channel}, c) {
+		return
+	}
+	defer close(c.ended)
+	s.cm.mu.Lock()
+	alive := s.cm.core.role != Dead
+	if alive {
+		s.cm.diskUsers.add()
+	}
+	s.cm.mu.Unlock()
+	if !alive {
+		return
+	}
+	defer s.cm.diskUsers.leave()
+	rpcs := rpc.NewServer()
+	if err := rpcs.RegisterName(serviceName, &service{c}); err != nil {
+		s.cm.fail(err) // a mistake in this package
+		return
+	}
+	if h.Channel == channelAppend {
+		c.serveAppends(rpcs)
+	} else {
+		c.serveControl(rpcs)
+	}
+	c.codec.Close()
+	if err := c.codec.Err(); errors.Is(err, errFrame) {
+		s.report(h.From, "hung up", err)
+	}
+}
+
+// replace makes c the connection of k. The old one is closed, and c waits for
+// its loop to return, so that two connections of a peer never interleave. Only
+// one may wait; false means that c is to be closed.
+func (s *Server) replace(k servedKey, c *servedConn) bool {
+	for {
+		s.mu.Lock()
+		old := s.served[k]
+		if old == nil || isClosed(old.ended) {
+			s.served[k] = c
+			s.mu.Unlock()
+			return !s.stopping()
+		}
+		s.mu.Unlock()
+		old.codec.Close()
+		select {
+		case old.next <- struct{}{}:
+		default:
+			return false
+		}
+		select {
+		case <-old.ended:
+		case <-s.ctx.Done():
+			return false
+		}
+	}
+}
+
+func (s *Server) stopping() bool { return s.ctx.Err() != nil }
+
+func isClosed(c <-chan struct{}) bool {
+	select {
+	case <-c:
+		return true
+	default:
+		return false
+	}
+}
+
+// serveAppends is the follower's append loop: step every request that has
+// arrived, make it all durable at once, write all replies at once.
+func (c *servedConn) serveAppends(rpcs *rpc.Server) {
+	cm := c.server.cm
+	for {
+		if rpcs.ServeRequest(c.codec) != nil {
+			return
+		}
+		for c.codec.Buffered() {
+			if rpcs.ServeRequest(c.codec) != nil {
+				return
+			}
+		}
+		for c.open.Load() > 0 {
+			if cm.flush() != nil || c.server.stopping() {
+				return
+			}
+		}
+		if c.codec.FlushReplies() != nil {
+			return
+		}
+	}
+}
+
+// serveControl answers votes, heartbeats and forwarded proposals. It never
+// flushes: a reply that waits for the hard state is released by whoever does.
+func (c *servedConn) serveControl(rpcs *rpc.Server) {
+	for {
+		if rpcs.ServeRequest(c.codec) != nil {
+			return
+		}
+		for c.open.Load() > 0 {
+			select {
+			case <-c.ready:
+			case <-c.server.ctx.Done():
+				return
+			}
+		}
+		if c.codec.FlushReplies() != nil {
+			return
+		}
+	}
+}
+
+// service is what net/rpc calls. It is registered under the name
+// "ConsensusModule", one per connection, and never seen by users.
+type service struct{ conn *servedConn }
+
+var errWrongSender = errors.New("raft: the request names another node than the connection's")
+
+func (v *service) RequestVote(args *call[voteArgs], reply *call[voteReply]) error {
+	cm := v.conn.server.cm
+	reply.deferred = true
+	var err error
+	cm.step(func(c *core) {
+		if err = v.checkSender(c, args.V.Candidate); err == nil {
+			v.conn.open.Add(1)
+			c.onVoteRequest(&args.V, ticket{v.conn, args.req.seq})
+		}
+	})
+	return err
+}
+
+func (v *service) AppendEntries(args *call[appendArgs], reply *call[appendReply]) error {
+	cm := v.conn.server.cm
+	reply.deferred = true
+	var err error
+	f := func(c *core) {
+		if err = v.checkSender(c, args.V.Leader); err == nil {
+			v.conn.open.Add(1)
+			c.onAppendRequest(&args.V, ticket{v.conn, args.req.seq})
+		}
+	}
+	if args.V.Heartbeat {
+		cm.step(f)
+	} else {
+		cm.stepThenFlush(f)
+	}
+	return err
+}
+
+// Forward appends another node's proposals. The reply says what they became;
+// their results are that node's own affair.
+func (v *service) Forward(args *call[forwardArgs], reply *call[forwardReply]) error {
+	var b entryBuilder
+	if err := b.addUnsealed(args.V.Encoded); err != nil {
+		return err
+	}
+	for i := range b.offs {
+		if size := b.dataSize(i); size == 0 || size > v.conn.server.conf.MaxCommandBytes {
+			return ErrCommandSize
+		}
+	}
+	v.conn.server.cm.step(func(c *core) {
+		r := &reply.V
+		r.Leader = c.leader
+		switch {
+		case c.role == Dead:
+			r.Refusal = forwardStopped
+		case c.role != Leader:
+			r.Refusal = forwardNotLeader
+		case !c.hasRoom():
+			r.Refusal = forwardOverloaded
+		default:
+			r.First, _ = c.propose(&b)
+			c.onForward(args.V.From, r.First.Index+Index(len(b.offs))-1)
+		}
+	})
+	return nil
+}
+
+// checkSender refuses requests in the name of a member other than the one that
+// the handshake established.
+func (v *service) checkSender(c *core, id memberID) error {
+	if m := c.configuration.find(id); m != nil && m.name != v.conn.from {
+		return errWrongSender
+	}
+	return nil
+}
