@@ -43,23 +43,14 @@ var (
 	errPumpSize    = fmt.Errorf("the pump takes payloads of at most %d bytes", pumpMaxRecord)
 )
 
-// outcome is what the clients of one batch wait for. It is apart from the
-// batch because it outlives the batch's recycled buffer.
-type outcome struct {
-	done chan struct{} // closed when the batch is durable on two nodes, or the pump has failed
-	err  error         // read after done
-}
-
+// batch is what one sync covers. Its buffer is used again once it is written;
+// the rest stays for the clients that wait on it.
 type batch struct {
 	seq     uint64 // the first is 1
 	records uint32
 	buf     []byte
-	out     *outcome
-}
-
-type flight struct {
-	seq uint64
-	out *outcome
+	done    chan struct{} // closed when the batch is durable on two nodes, or the pump has failed
+	err     error         // read after done
 }
 
 type pump struct {
@@ -73,9 +64,9 @@ type pump struct {
 	nextSeq uint64
 	failure error // set once, then every proposal fails with it
 
-	ackMu   sync.Mutex // guards what the leader and the acknowledgement readers share
+	ackMu   sync.Mutex // guards what the leader and the acknowledgement readers share; taken after mu
 	durable [3]uint64  // highest sequence number synced by the leader and each follower
-	flights []flight   // sent and not yet durable on two nodes, in order
+	flights []*batch   // sent and not yet durable on two nodes, in order
 
 	files []*os.File
 	conns []net.Conn // the leader's two ends, then the followers'
@@ -193,30 +184,30 @@ func (p *pump) Propose(ctx context.Context, payload []byte) error {
 		p.mu.Unlock()
 		return p.failure
 	}
-	out := p.enqueue(payload)
+	b := p.enqueue(payload)
 	p.mu.Unlock()
 
 	// A plain receive costs less than a select.
 	if ctx.Done() == nil {
-		<-out.done
-		return out.err
+		<-b.done
+		return b.err
 	}
 	select {
-	case <-out.done:
-		return out.err
+	case <-b.done:
+		return b.err
 	case <-ctx.Done():
 		return ctx.Err()
 	}
 }
 
 // enqueue copies payload to the end of the last queued batch. The caller holds mu.
-func (p *pump) enqueue(payload []byte) *outcome {
+func (p *pump) enqueue(payload []byte) *batch {
 	var b *batch
 	if n := len(p.queue); n > 0 && len(p.queue[n-1].buf)+pumpRecordHeader+len(payload) <= pumpMaxBatch {
 		b = p.queue[n-1]
 	} else {
 		p.nextSeq++
-		b = &batch{seq: p.nextSeq, out: &outcome{done: make(chan struct{})}}
+		b = &batch{seq: p.nextSeq, done: make(chan struct{})}
 		if n := len(p.spare); n > 0 {
 			b.buf, p.spare = p.spare[n-1], p.spare[:n-1]
 		}
@@ -229,16 +220,18 @@ func (p *pump) enqueue(payload []byte) *outcome {
 	b.buf = binary.LittleEndian.AppendUint32(b.buf, uint32(len(payload)))
 	b.buf = append(b.buf, payload...)
 	b.records++
-	return b.out
+	return b
 }
 
-// take waits for a queued batch; ok is false once the pump has failed. done is
-// the buffer of the batch before, to be used again.
-func (p *pump) take(done []byte) (b *batch, ok bool) {
+// take waits for a queued batch and moves it into flight; ok is false once the
+// pump has failed. Both locks are held for the move, so fail finds every
+// unfinished batch in one place or the other. spare is the buffer of the batch
+// before, to be used again.
+func (p *pump) take(spare []byte) (b *batch, ok bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if done != nil {
-		p.spare = append(p.spare, done)
+	if spare != nil {
+		p.spare = append(p.spare, spare)
 	}
 	for len(p.queue) == 0 && p.failure == nil {
 		p.work.Wait()
@@ -250,21 +243,21 @@ func (p *pump) take(done []byte) (b *batch, ok bool) {
 	n := copy(p.queue, p.queue[1:])
 	p.queue[n] = nil
 	p.queue = p.queue[:n]
+	p.ackMu.Lock()
+	p.flights = append(p.flights, b)
+	p.ackMu.Unlock()
 	return b, true
 }
 
 func (p *pump) runLeader(followers []net.Conn) {
 	file := pumpWriter{pump: p, node: 0, f: p.files[0]}
-	var done []byte
+	var spare []byte
 	for {
-		b, ok := p.take(done)
+		b, ok := p.take(spare)
 		if !ok {
 			return
 		}
 		seal(b)
-		p.ackMu.Lock()
-		p.flights = append(p.flights, flight{b.seq, b.out})
-		p.ackMu.Unlock()
 		for _, c := range followers {
 			if _, err := c.Write(b.buf); err != nil {
 				p.fail(fmt.Errorf("sending to a follower: %w", err))
@@ -276,7 +269,7 @@ func (p *pump) runLeader(followers []net.Conn) {
 			return
 		}
 		p.acknowledge(0, b.seq)
-		done = b.buf
+		spare = b.buf
 	}
 }
 
@@ -343,6 +336,7 @@ func (w *pumpWriter) write(b []byte) error {
 func (p *pump) runFollower(node int, leader net.Conn) {
 	file := pumpWriter{pump: p, node: node, f: p.files[node]}
 	buf := make([]byte, 2*(pumpMaxBatch+pumpMaxRecord))
+	var ack [8]byte
 	have := 0
 	for {
 		n, err := leader.Read(buf[have:])
@@ -372,7 +366,6 @@ func (p *pump) runFollower(node int, leader net.Conn) {
 			p.fail(err)
 			return
 		}
-		var ack [8]byte
 		binary.LittleEndian.PutUint64(ack[:], seq)
 		if _, err := leader.Write(ack[:]); err != nil {
 			p.fail(fmt.Errorf("node %d: acknowledging: %w", node, err))
@@ -401,7 +394,7 @@ func (p *pump) acknowledge(node int, seq uint64) {
 	two := secondHighest(p.durable)
 	n := 0
 	for n < len(p.flights) && p.flights[n].seq <= two {
-		close(p.flights[n].out.done)
+		close(p.flights[n].done)
 		n++
 	}
 	rest := copy(p.flights, p.flights[n:])
@@ -435,13 +428,9 @@ func (p *pump) fail(err error) {
 	flights := p.flights
 	p.flights = nil
 	p.ackMu.Unlock()
-	for _, f := range flights {
-		f.out.err = err
-		close(f.out.done)
-	}
-	for _, b := range queue {
-		b.out.err = err
-		close(b.out.done)
+	for _, b := range append(flights, queue...) {
+		b.err = err
+		close(b.done)
 	}
 	for _, c := range p.conns {
 		c.Close() // Unblocks the other goroutines; Stop has nothing left to report about it.
@@ -452,8 +441,6 @@ func (p *pump) fail(err error) {
 func (p *pump) Stop() error {
 	p.fail(errPumpStopped)
 	p.wg.Wait()
-	// The leader may have put one batch in flight after fail had emptied the list.
-	p.fail(errPumpStopped)
 	var err error
 	if p.failure != errPumpStopped {
 		err = p.failure
