@@ -1,5 +1,3 @@
-//go:build raftdriver
-
 package main
 
 import (
