@@ -53,9 +53,9 @@ type proposalQueue struct {
 	mu        sync.Mutex
 	batch     proposalBatch
 	maxBytes  int
-	closed    error // why nothing is accepted any more
-	lastBytes int   // size of the batch taken last: the next one is likely as large
-	waiting   atomic.Int64
+	closed    error        // why nothing is accepted any more
+	lastBytes int          // size of the batch taken last: the next one is likely as large
+	bytes     atomic.Int64 // queued, encoded
 }
 
 // proposalBatch is proposals and their encoding, one entry each.
@@ -80,7 +80,7 @@ func (q *proposalQueue) add(cmd []byte, p *Proposal) error {
 	}
 	b.entries.add(entryCommand, cmd)
 	b.proposals = append(b.proposals, p)
-	q.waiting.Store(int64(len(b.proposals)))
+	q.bytes.Store(int64(len(b.entries.buf)))
 	return nil
 }
 
@@ -91,7 +91,7 @@ func (q *proposalQueue) take() proposalBatch {
 	b := q.batch
 	q.lastBytes = min(len(b.entries.buf), 1<<20)
 	q.batch = proposalBatch{}
-	q.waiting.Store(0)
+	q.bytes.Store(0)
 	return b.taken()
 }
 
@@ -141,7 +141,7 @@ func (q *proposalQueue) putBack(b proposalBatch) error {
 	}
 	b.proposals = append(b.proposals, behind.proposals...)
 	q.batch = b
-	q.waiting.Store(int64(len(b.proposals)))
+	q.bytes.Store(int64(len(b.entries.buf)))
 	return nil
 }
 
@@ -152,6 +152,6 @@ func (q *proposalQueue) close(err error) (rejected []*Proposal) {
 	q.closed = err
 	rejected = q.batch.taken().proposals
 	q.batch = proposalBatch{}
-	q.waiting.Store(0)
+	q.bytes.Store(0)
 	return rejected
 }

@@ -54,7 +54,7 @@ type ConsensusModule struct {
 	released      []message // scratch
 	flushesItself bool      // whoever steps now flushes next: the flusher may sleep on
 
-	accepting  atomic.Bool  // a step would take queued proposals
+	stepAt     atomic.Int64 // a step takes queued proposals once they have this many bytes
 	flushing   atomic.Int32 // writes or fsyncs that run
 	applying   atomic.Uint64
 	lastFlush  atomic.Int64 // unix nanoseconds
@@ -148,10 +148,16 @@ func (cm *ConsensusModule) stepThenFlush(f func(c *core)) {
 // tryStep makes the core take what is queued, unless somebody holds the lock:
 // whoever does looks at the queue after letting go.
 func (cm *ConsensusModule) tryStep() {
-	if cm.accepting.Load() && cm.mu.TryLock() {
+	if cm.queueReady() && cm.mu.TryLock() {
 		cm.transition(func(*core) {})
 		cm.unlock()
 	}
+}
+
+// queueReady tells whether a step would take what is queued.
+func (cm *ConsensusModule) queueReady() bool {
+	n := cm.queue.bytes.Load()
+	return n > 0 && n >= cm.stepAt.Load()
 }
 
 // unlock releases mu and looks once more for proposals that came while it was held.
@@ -159,7 +165,7 @@ func (cm *ConsensusModule) unlock() {
 	dead := cm.core.role == Dead
 	cm.mu.Unlock()
 	cm.events.log()
-	for !dead && cm.queue.waiting.Load() > 0 && cm.accepting.Load() && cm.mu.TryLock() {
+	for !dead && cm.queueReady() && cm.mu.TryLock() {
 		cm.transition(func(*core) {})
 		dead = cm.core.role == Dead
 		cm.mu.Unlock()
@@ -189,29 +195,47 @@ func (cm *ConsensusModule) transition(f func(c *core)) {
 	}
 }
 
+// Thresholds of stepAt, in bytes of queued proposals.
+const (
+	takeNow      = 0
+	takeGathered = 64 << 10
+	takeNever    = 1 << 62
+)
+
 // takeProposals gives queued proposals to the core if it leads, or to the leader.
 func (cm *ConsensusModule) takeProposals() {
 	c := cm.core
-	accepting := c.role == Leader && c.hasRoom() || c.role == Follower && c.leader != 0 && c.forwardTo != 0 && !c.applyFailed
-	if cm.accepting.Load() != accepting {
-		cm.accepting.Store(accepting)
-	}
-	if !accepting || cm.queue.waiting.Load() == 0 {
-		return
-	}
-	if c.role != Leader {
-		if !cm.transport.canForward(c.forwardTo) {
-			cm.accepting.Store(false) // the step that takes an answer looks again
-		} else if b := cm.queue.take(); len(b.proposals) > 0 {
+	threshold := cm.threshold()
+	if n := cm.queue.bytes.Load(); n > 0 && n >= threshold {
+		b := cm.queue.take()
+		switch {
+		case len(b.proposals) == 0: // all were given up
+		case c.role == Leader:
+			first, _ := c.propose(&b.entries)
+			settle(cm.pending.add(first, b.proposals))
+		default:
 			cm.pending.forwardBegins()
 			cm.transport.forward(c.forwardTo, b)
 		}
-		return
 	}
-	if b := cm.queue.take(); len(b.proposals) > 0 {
-		first, _ := c.propose(&b.entries)
-		settle(cm.pending.add(first, b.proposals))
+}
+
+// threshold says from how many queued bytes on a step takes proposals. While
+// the own disk is busy with earlier ones, more are left to gather: they will
+// share one write, and frames to followers that start together with it.
+func (cm *ConsensusModule) threshold() int64 {
+	c := cm.core
+	switch {
+	case c.role == Leader && !c.hasRoom():
+		return takeNever
+	case c.role == Leader && c.lsn == c.durableLSN:
+		return takeNow
+	case c.role == Leader:
+		return takeGathered
+	case c.role == Follower && c.forwardTo != 0 && !c.applyFailed && cm.transport.canForward(c.forwardTo):
+		return takeNow
 	}
+	return takeNever
 }
 
 // handOver passes the effects of a transition on, in an order that matters:
@@ -223,6 +247,9 @@ func (cm *ConsensusModule) handOver(out *effects) {
 		if !cm.flushesItself {
 			wake(cm.flushWake)
 		}
+	}
+	if t := cm.threshold(); t != cm.stepAt.Load() {
+		cm.stepAt.Store(t)
 	}
 	cm.outbox.add(out.msgs)
 	cm.released = cm.outbox.release(cm.released[:0], c.durableLSN, c.currentTerm, c.hardLSN)
@@ -275,7 +302,6 @@ func (cm *ConsensusModule) runLeadership() {
 // every goroutine. It runs in the step that died, once.
 func (cm *ConsensusModule) die() {
 	why := ErrStopped
-	cm.accepting.Store(false)
 	for _, p := range cm.queue.close(why) {
 		p.finish(why)
 	}
