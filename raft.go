@@ -198,7 +198,7 @@ func (cm *ConsensusModule) transition(f func(c *core)) {
 // Thresholds of stepAt, in bytes of queued proposals.
 const (
 	takeNow      = 0
-	takeGathered = 64 << 10
+	takeGathered = 256 << 10
 	takeNever    = 1 << 62
 )
 
