@@ -265,7 +265,7 @@ func (p *pipe) setBlocked(blocked bool) {
 		p.flight = nil
 		return
 	}
-	if p.written > p.arrived && !p.gone {
+	if p.written > p.arrived {
 		p.launch()
 	}
 }
@@ -363,11 +363,8 @@ func (c *conn) CloseWrite() error {
 
 // finish puts the end of the stream behind the bytes written so far.
 func (p *pipe) finish() {
-	if p.finished {
-		return
-	}
-	p.finished = true
-	if !p.gone && !p.lossy {
+	if !p.finished {
+		p.finished = true
 		p.send(1)
 	}
 }

@@ -210,8 +210,7 @@ func (n *Network) SetDelay(from, to string, f func(*rand.Rand) time.Duration) {
 
 // SetFilter asks f about each later non-empty Write from one host to another;
 // nil asks nobody. Calls for one link come one at a time, and f may call the
-// network's verbs, but must not write to a connection and must not keep or
-// change p.
+// network's verbs, but must not wait, write to a connection, or keep or change p.
 func (n *Network) SetFilter(from, to string, f func(p []byte) Verdict) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
