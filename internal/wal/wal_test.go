@@ -380,4 +380,3 @@ func TestConcurrent(t *testing.T) {
 		}
 	})
 }
-
