@@ -218,3 +218,50 @@ func (m *Mem) damage(name string, off int64, f func([]byte)) error {
 	n.pages[i] = &q
 	return nil
 }
+
+// Clone returns a copy of the file system as it is, cache and disk, as a
+// process that starts next finds it. The copy has no hook.
+func (m *Mem) Clone() *Mem {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	c := &Mem{
+		rng:     rand.New(rand.NewPCG(m.garbage, uint64(m.epoch))),
+		garbage: m.garbage,
+		nextIno: m.nextIno, capacity: m.capacity, used: m.used,
+		locks: map[string]bool{},
+	}
+	c.root = m.root.clone(map[*memNode]*memNode{})
+	return c
+}
+
+func (n *memNode) clone(done map[*memNode]*memNode) *memNode {
+	if n == nil || done[n] != nil {
+		return done[n]
+	}
+	c := &memNode{ino: n.ino, dir: n.dir, size: n.size, diskSize: n.diskSize}
+	done[n] = c
+	c.diskPages = append(c.diskPages, n.diskPages...)
+	c.dirty = append(c.dirty, n.dirty...)
+	for i, p := range n.pages {
+		if p != nil && (i >= len(n.diskPages) || p != n.diskPages[i]) {
+			q := *p
+			p = &q
+		}
+		c.pages = append(c.pages, p)
+	}
+	if !n.dir {
+		return c
+	}
+	c.live, c.disk = map[string]*memNode{}, map[string]*memNode{}
+	for _, name := range sortedNames(n.live) {
+		c.live[name] = n.live[name].clone(done)
+	}
+	for _, name := range sortedNames(n.disk) {
+		c.disk[name] = n.disk[name].clone(done)
+	}
+	for _, op := range n.pending {
+		op.node = op.node.clone(done)
+		c.pending = append(c.pending, op)
+	}
+	return c
+}

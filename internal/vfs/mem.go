@@ -91,7 +91,9 @@ func NewMem(rng *rand.Rand) *Mem {
 // lock held. It may block, which is a stall, and it may call methods of m. If
 // it returns an error the operation fails with it: a failed write has reached
 // the cache in part, and after a failed sync the data is readable, clean and,
-// wholly or in part, not on disk.
+// wholly or in part, not on disk. Directories are milder: after a failed
+// SyncDir the first few changes are durable and the rest stay pending, because
+// file systems journal them, and stop altogether when the journal fails.
 func (m *Mem) SetHook(hook func(Op) error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -284,25 +286,7 @@ func (m *Mem) List(dir string) ([]string, error) {
 }
 
 // MkdirAll implements FS.
-func (m *Mem) MkdirAll(dir string) error {
-	m.mu.Lock()
-	n := m.walk(dir)
-	m.mu.Unlock()
-	if n != nil {
-		if !n.dir {
-			return fmt.Errorf("vfs: %s is a file where a directory is needed; move it away", dir)
-		}
-		return nil
-	}
-	parent := filepath.Dir(filepath.Clean(dir))
-	if err := m.MkdirAll(parent); err != nil {
-		return err
-	}
-	if err := m.mkdir(dir); err != nil {
-		return err
-	}
-	return m.SyncDir(parent)
-}
+func (m *Mem) MkdirAll(dir string) error { return mkdirAll(m, dir, m.mkdir) }
 
 func (m *Mem) mkdir(dir string) error {
 	err := m.enter(Op{Kind: OpMkdir, Name: dir})
@@ -331,12 +315,14 @@ func (m *Mem) SyncDir(dir string) error {
 	if d == nil || errors.Is(err, ErrGone) {
 		return err
 	}
-	for _, op := range d.pending {
-		if err == nil || m.rng.IntN(2) == 0 {
-			op.apply(d.disk)
-		}
+	n := len(d.pending)
+	if err != nil {
+		n = m.rng.IntN(n + 1)
 	}
-	d.pending = nil
+	for _, op := range d.pending[:n] {
+		op.apply(d.disk)
+	}
+	d.pending = append([]dirOp(nil), d.pending[n:]...)
 	return err
 }
 

@@ -1,10 +1,8 @@
 package vfs
 
 import (
-	"errors"
 	"fmt"
 	"io"
-	"io/fs"
 	"os"
 	"path/filepath"
 )
@@ -63,27 +61,7 @@ func (osFS) List(dir string) ([]string, error) {
 }
 
 func (o osFS) MkdirAll(dir string) error {
-	info, err := os.Stat(dir)
-	if err == nil {
-		if !info.IsDir() {
-			return fmt.Errorf("vfs: %s is a file where a directory is needed; move it away", dir)
-		}
-		return nil
-	}
-	if !errors.Is(err, fs.ErrNotExist) {
-		return err
-	}
-	parent := filepath.Dir(dir)
-	if parent == dir {
-		return err
-	}
-	if err := o.MkdirAll(parent); err != nil {
-		return err
-	}
-	if err := os.Mkdir(dir, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
-		return err
-	}
-	return o.SyncDir(parent)
+	return mkdirAll(o, dir, func(dir string) error { return os.Mkdir(dir, 0o700) })
 }
 
 func (osFS) SyncDir(dir string) error { return syncDir(dir) }

@@ -5,7 +5,11 @@ package vfs
 
 import (
 	"errors"
+	"fmt"
 	"io"
+	"io/fs"
+	"path/filepath"
+	"syscall"
 )
 
 // FS is a file system. Names are paths in the host's notation. An FS may be
@@ -27,8 +31,8 @@ type FS interface {
 	Rename(oldname, newname string) error
 	// List returns the names (not paths) in a directory, sorted.
 	List(dir string) ([]string, error)
-	// MkdirAll creates a directory and its missing parents, and makes every
-	// one it created durable.
+	// MkdirAll creates a directory and its missing parents, and makes all of
+	// them durable.
 	MkdirAll(dir string) error
 	// SyncDir makes the entries of a directory durable.
 	SyncDir(dir string) error
@@ -70,3 +74,35 @@ var ErrLocked = errors.New("locked by another process or by another opener in th
 
 // errRenameAcross explains why Rename stays within one directory.
 var errRenameAcross = errors.New("vfs: rename across directories: it would need two directory syncs to be durable; keep both names in one directory")
+
+// mkdirAll is MkdirAll given a way to make one directory. It also syncs the
+// parents of directories that exist, because a process that was stopped
+// between creating and syncing one may have left them.
+func mkdirAll(fsys FS, dir string, mkdir func(string) error) error {
+	dir = filepath.Clean(dir)
+	parent := filepath.Dir(dir)
+	if parent == dir {
+		return nil
+	}
+	info, err := fsys.Stat(dir)
+	exists := err == nil
+	switch {
+	case exists && !info.Dir:
+		return fmt.Errorf("vfs: %s is a file where a directory is needed; move it away", dir)
+	case err != nil && !errors.Is(err, fs.ErrNotExist):
+		return err
+	}
+	if err := mkdirAll(fsys, parent, mkdir); err != nil {
+		return err
+	}
+	if !exists {
+		if err := mkdir(dir); err != nil && !errors.Is(err, fs.ErrExist) {
+			return err
+		}
+	}
+	err = fsys.SyncDir(parent)
+	if exists && (errors.Is(err, fs.ErrPermission) || errors.Is(err, syscall.EINVAL) || errors.Is(err, syscall.EROFS)) {
+		return nil // a parent that is not ours, so that dir is no work of ours either
+	}
+	return err
+}

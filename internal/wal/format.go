@@ -177,16 +177,22 @@ func appendRecord(b []byte, heads uint32, r *Record, size int) ([]byte, uint32) 
 	head := b[at : at+recordHeadSize]
 	le := binary.LittleEndian
 	le.PutUint32(head, uint32(size))
-	le.PutUint32(head[4:], checksum(0, b[at+recordHeadSize:]))
 	le.PutUint32(head[8:], r.Group)
 	head[12] = r.Kind
+	le.PutUint32(head[4:], recordChecksum(head, b[at+recordHeadSize:]))
 	return b, checksum(heads, head)
+}
+
+// recordChecksum covers a record: its head, but for the checksum's own place,
+// and its data. A record read alone is checked with it.
+func recordChecksum(head, data []byte) uint32 {
+	return checksum(checksum(checksum(0, head[:4]), head[8:recordHeadSize]), data)
 }
 
 // recordHead is the fixed start of a record.
 type recordHead struct {
 	size  uint32 // of the data, in bytes
-	crc   uint32 // of the data
+	crc   uint32 // of the record
 	group uint32
 	kind  byte
 }
@@ -224,7 +230,7 @@ func checkRecords(body []byte, heads uint32) bool {
 			return false
 		}
 		end := recordHeadSize + int(h.size)
-		if checksum(0, body[recordHeadSize:end]) != h.crc {
+		if recordChecksum(body, body[recordHeadSize:end]) != h.crc {
 			return false
 		}
 		crc = checksum(crc, body[:recordHeadSize])

@@ -60,7 +60,7 @@ func (l *Log) readStaged(pos uint64, buf []byte) (Record, error) {
 		return Record{}, ErrNoRecord
 	}
 	h := decodeRecordHead(body)
-	if int64(h.size) > int64(len(body)-recordHeadSize) || checksum(0, body[recordHeadSize:][:h.size]) != h.crc {
+	if int64(h.size) > int64(len(body)-recordHeadSize) || recordChecksum(body, body[recordHeadSize:][:h.size]) != h.crc {
 		return Record{}, ErrNoRecord
 	}
 	return Record{Kind: h.kind, Group: h.group, Data: append(buf[:0], body[recordHeadSize:][:h.size]...)}, nil
@@ -113,7 +113,7 @@ func (l *Log) readFile(seg *segment, off, limit int64, buf []byte) (Record, erro
 		}
 	}
 	data := buf[recordHeadSize:total:total]
-	if got := checksum(0, data); got != h.crc {
+	if got := recordChecksum(buf, data); got != h.crc {
 		return Record{}, corrupt(l.path(seg.name), off, "a record of %d bytes whose checksum is %08x and should be %08x", h.size, got, h.crc)
 	}
 	return Record{Kind: h.kind, Group: h.group, Data: data}, nil

@@ -1,0 +1,301 @@
+package wal
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"testing"
+
+	"example.com/raft/internal/vfs"
+)
+
+// damageLog builds a log of several segments. It returns its file system with
+// everything synced, and a model of what it holds.
+func damageLog(t *testing.T, sealed bool) (*vfs.Mem, *model) {
+	t.Helper()
+	fs := newMem(1)
+	m := &model{o: testOptions(fs, 1)}
+	m.o.MaxSegmentBytes = 5 * blockSize
+	l, _ := mustOpen(t, m.o)
+	for i := range 5 {
+		m.append(l, 200)
+		if i%2 == 0 {
+			m.append(l, 600)
+		}
+		if err := errors.Join(m.flush(l), l.Prepare()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if s := l.Status(); s.Segments < 3 {
+		t.Fatalf("only %d segments", s.Segments)
+	}
+	if sealed {
+		if err := l.Close(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return fs.CrashClone(none), m
+}
+
+// written returns the ranges of each segment file that hold something: blocks
+// that are not all zero.
+func written(t *testing.T, fs *vfs.Mem, dir string) (files []string, blocksOf map[string][]int64) {
+	t.Helper()
+	names, err := fs.List(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	blocksOf = map[string][]int64{}
+	for _, name := range names {
+		if name == "lock" {
+			continue
+		}
+		f, err := fs.Open(dir + "/" + name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer f.Close()
+		size, _ := f.Size()
+		b := make([]byte, blockSize)
+		for off := int64(0); off < size; off += blockSize {
+			if _, err := f.ReadAt(b, off); err != nil {
+				t.Fatal(err)
+			}
+			if string(b) != string(zeroBlock[:]) {
+				blocksOf[name] = append(blocksOf[name], off)
+			}
+		}
+		files = append(files, name)
+	}
+	return files, blocksOf
+}
+
+// outcome of opening a damaged log.
+type outcome int
+
+const (
+	correct  outcome = iota // everything is there
+	refused                 // a typed error, and nothing changed on disk
+	lostLast                // the records of the last batch are missing
+	lostMore
+	wrong
+	unclear // another error
+	changed // refused, and yet something changed on disk
+	panicked
+	outcomes
+)
+
+var outcomeNames = [outcomes]string{"correct", "clear error", "last batch lost silently", "more lost silently", "wrong data", "unclear error", "changed the disk", "panic"}
+
+// openDamaged opens a damaged file system and classifies what happens. last is
+// how many records the last batch holds.
+func (m *model) openDamaged(fs *vfs.Mem, last int) (o outcome, err error) {
+	defer func() {
+		if p := recover(); p != nil {
+			o, err = panicked, fmt.Errorf("panic: %v", p)
+		}
+	}()
+	changes := 0
+	fs.SetHook(func(op vfs.Op) error {
+		if op.Kind.Changes() && op.Kind != vfs.OpSyncDir {
+			changes++
+		}
+		return nil
+	})
+	opts := m.o
+	opts.FS = fs
+	k := &kept{}
+	_, err = Open(context.Background(), opts, k.replay)
+	if err != nil {
+		var ce *CorruptError
+		var ve *VersionError
+		var te *TagError
+		if !errors.As(err, &ce) && !errors.As(err, &ve) && !errors.As(err, &te) {
+			return unclear, err
+		}
+		if changes > 0 {
+			return changed, err
+		}
+		return refused, err
+	}
+	all := m.clone()
+	all.acked = 0
+	count, err := all.check(k)
+	switch {
+	case err != nil:
+		return wrong, err
+	case count == len(m.sizes):
+		return correct, nil
+	case count == len(m.sizes)-last:
+		return lostLast, nil
+	}
+	return lostMore, fmt.Errorf("%d records of %d", count, len(m.sizes))
+}
+
+// TestDamage flips bits and clears sectors in every written block, one at a
+// time. By default padding is sampled; -wal.sweep flips every bit.
+func TestDamage(t *testing.T) {
+	for _, sealed := range []bool{true, false} {
+		t.Run(fmt.Sprintf("sealed=%v", sealed), func(t *testing.T) {
+			fs, m := damageLog(t, sealed)
+			if o, err := m.openDamaged(fs.CrashClone(none), 0); o != correct {
+				t.Fatalf("the undamaged log: %s, %v", outcomeNames[o], err)
+			}
+			var table [2][outcomes]int
+			note := func(row int, c *vfs.Mem, what string) {
+				o, err := m.openDamaged(c, 2)
+				table[row][o]++
+				allowed := o == correct || o == refused || o == lostLast && !sealed
+				if !allowed {
+					t.Errorf("%s: %s: %v", what, outcomeNames[o], err)
+				}
+			}
+			files, blocksOf := written(t, fs, m.o.Dir)
+			nblocks := 0
+			for _, name := range files {
+				path := m.o.Dir + "/" + name
+				f, err := fs.Open(path)
+				if err != nil {
+					t.Fatal(err)
+				}
+				for _, off := range blocksOf[name] {
+					nblocks++
+					b := make([]byte, blockSize)
+					if _, err := f.ReadAt(b, off); err != nil {
+						t.Fatal(err)
+					}
+					end := len(bytes.TrimRight(b, "\x00"))
+					for i := range blockSize {
+						for bit := range uint(8) {
+							// The zeros behind what is written are padding.
+							if !*sweep && i >= end && (i*8+int(bit))%509 != 0 {
+								continue
+							}
+							c := fs.CrashClone(none)
+							if err := c.FlipBit(path, off+int64(i), bit); err != nil {
+								t.Fatal(err)
+							}
+							note(0, c, fmt.Sprintf("bit %d of byte %d of %s", bit, off+int64(i), name))
+						}
+					}
+					for i := 0; i < blockSize; i += 512 {
+						c := fs.CrashClone(none)
+						if err := c.ZeroSector(path, off+int64(i)); err != nil {
+							t.Fatal(err)
+						}
+						note(1, c, fmt.Sprintf("sector at %d of %s", off+int64(i), name))
+					}
+					if t.Failed() {
+						return
+					}
+				}
+			}
+			for row, what := range []string{"bits flipped", "sectors cleared"} {
+				total, line := 0, ""
+				for o, n := range table[row] {
+					total += n
+					line += fmt.Sprintf(", %s %d", outcomeNames[o], n)
+				}
+				t.Logf("%d blocks in %d files, %d %s%s", nblocks, len(files), total, what, line)
+			}
+		})
+	}
+}
+
+// TestMissingSegment: a segment file that has gone is noticed, unless it is
+// one of the oldest, which may have been released.
+func TestMissingSegment(t *testing.T) {
+	fs, m := damageLog(t, true)
+	files, _ := written(t, fs, m.o.Dir)
+	for i, name := range files {
+		c := fs.CrashClone(none)
+		if err := c.Remove(m.o.Dir + "/" + name); err != nil {
+			t.Fatal(err)
+		}
+		o, err := m.openDamaged(c, 2)
+		t.Logf("%s missing: %s, %v", name, outcomeNames[o], err)
+		prepared := i == len(files)-1 && name > "" && o == correct // never used
+		oldest := i == 0 && o == wrong                             // the records' owner notices
+		if o != refused && !prepared && !oldest {
+			t.Errorf("%s missing: %s", name, outcomeNames[o])
+		}
+	}
+}
+
+// TestRefusals: files of another directory, a newer format or another number
+// are refused by type.
+func TestRefusals(t *testing.T) {
+	fs, m := damageLog(t, true)
+	files, _ := written(t, fs, m.o.Dir)
+	rewrite := func(name string, change func(*segmentHeader)) *vfs.Mem {
+		c := fs.CrashClone(none)
+		f, err := c.Open(m.o.Dir + "/" + name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer f.Close()
+		b := make([]byte, blockSize)
+		if _, err := f.ReadAt(b, 0); err != nil {
+			t.Fatal(err)
+		}
+		h, wrong := decodeSegmentHeader(b)
+		if wrong != "" {
+			t.Fatal(wrong)
+		}
+		change(&h)
+		if _, err := f.WriteAt(h.encode(), 0); err != nil {
+			t.Fatal(err)
+		}
+		return c
+	}
+	var ce *CorruptError
+	var ve *VersionError
+	var te *TagError
+	for _, c := range []struct {
+		what   string
+		target any
+		change func(*segmentHeader)
+	}{
+		{"newer version", &ve, func(h *segmentHeader) { h.version = 2 }},
+		{"version 0", &ce, func(h *segmentHeader) { h.version = 0 }},
+		{"other tag", &te, func(h *segmentHeader) { h.tag[15]++ }},
+		{"other number", &ce, func(h *segmentHeader) { h.number++ }},
+		{"other size", &ce, func(h *segmentHeader) { h.size -= blockSize }},
+		{"other salt", &ce, func(h *segmentHeader) { h.salt++ }},
+	} {
+		o, err := m.openDamaged(rewrite(files[1], c.change), 2)
+		if o != refused || !errors.As(err, c.target) {
+			t.Errorf("%s: %s: %v", c.what, outcomeNames[o], err)
+		}
+		t.Logf("%s: %v", c.what, err)
+	}
+}
+
+// TestRotAfterOpen: ReadAt never returns rotten data.
+func TestRotAfterOpen(t *testing.T) {
+	fs, m := damageLog(t, true)
+	m.o.FS = fs
+	l, k := mustOpen(t, m.o)
+	defer l.Close()
+	name := m.o.Dir + "/" + l.segs[0].name
+	lsn, want := k.lsns[0], k.recs[0]
+	start := int64(blockSize + batchHeaderSize)
+	for off := start; off < start+recordHeadSize+int64(len(want.Data)); off++ {
+		for bit := range uint(8) {
+			if err := fs.FlipBit(name, off, bit); err != nil {
+				t.Fatal(err)
+			}
+			r, err := l.ReadAt(lsn, nil)
+			var ce *CorruptError
+			if err == nil && (string(r.Data) != string(want.Data) || r.Kind != want.Kind || r.Group != want.Group) {
+				t.Fatalf("bit %d of byte %d: wrong data", bit, off)
+			} else if err != nil && !errors.As(err, &ce) {
+				t.Fatalf("bit %d of byte %d: %v", bit, off, err)
+			}
+			if err := fs.FlipBit(name, off, bit); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+}
