@@ -157,7 +157,7 @@ func (l *simClients) forwardEnds(s *sim, n *simNode, call *simCall, r *forwardRe
 	}
 	n.wait.forwardEnds()
 	if n.core != nil {
-		n.core.wanted = n.wait.highest()
+		n.core.want(n.wait.highest())
 	}
 }
 

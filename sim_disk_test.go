@@ -136,10 +136,32 @@ func (d *simDisk) Flush() (LSN, error) {
 }
 
 // crash loses what was staged, except for a prefix: the write may have been
-// under way, and the disk may have finished it.
+// under way, and the disk may have finished it. Of the last save, too, only
+// some parts may be there.
 func (d *simDisk) crash(rng *rand.Rand) {
 	d.flushTo(d.lsn + LSN(rng.IntN(len(d.staged)+1)))
+	if len(d.staged) > 0 {
+		parts := d.staged[0].parts()
+		for _, p := range parts[:rng.IntN(len(parts)+1)] {
+			d.apply(&p)
+		}
+	}
 	d.staged = nil
+}
+
+// parts returns a save as saves of one thing each, in the order in which they
+// become durable.
+func (s *Save) parts() (out []Save) {
+	if s.HardState != nil {
+		out = append(out, Save{HardState: s.HardState})
+	}
+	for i := range s.Entries {
+		out = append(out, Save{Entries: s.Entries[i : i+1]})
+	}
+	if s.Start != nil {
+		out = append(out, Save{Start: s.Start})
+	}
+	return out
 }
 
 func (d *simDisk) Read(lo, hi Index, maxBytes int) ([]Entries, error) {

@@ -333,7 +333,7 @@ func (s *sim) onApply(n *simNode) {
 		settled, _ = n.wait.onApplied(e, results, settled, nil)
 	}
 	s.load.settle(s, settled)
-	c.wanted = n.wait.highest()
+	c.want(n.wait.highest())
 	s.scheduleApply(n)
 }
 

@@ -2,7 +2,7 @@ package raft
 
 import (
 	"errors"
-	"flag"
+	flags "flag"
 	"fmt"
 	"math/rand/v2"
 	"os"
@@ -17,11 +17,11 @@ import (
 // dice come from one seed, nothing iterates over a map and nothing reads the
 // wall clock, so that a seed replays a run exactly. See DESIGN.md, 11.1.
 var (
-	simSeed     = flag.Uint64("sim.seed", 0, "replay this one seed")
-	simSeeds    = flag.Int("sim.seeds", 40, "how many fresh seeds TestSim runs")
-	simDuration = flag.Duration("sim.duration", 0, "run fresh seeds for this long instead")
-	simBase     = flag.Uint64("sim.base", 0, "first of the fresh seeds; 0 draws one")
-	simTrace    = flag.Bool("sim.trace", false, "print every event of the run")
+	simSeed     = flags.Uint64("sim.seed", 0, "replay this one seed")
+	simSeeds    = flags.Int("sim.seeds", 40, "how many fresh seeds TestSim runs")
+	simDuration = flags.Duration("sim.duration", 0, "run fresh seeds for this long instead")
+	simBase     = flags.Uint64("sim.base", 0, "first of the fresh seeds; 0 draws one")
+	simTrace    = flags.Bool("sim.trace", false, "print every event of the run")
 )
 
 type simEventKind uint8
