@@ -24,6 +24,7 @@ type core struct {
 	role             Role
 	leader           memberID // of currentTerm, 0 if unknown
 	commitIndex      Index
+	lastTime         time.Time // of the newest entry ever in the log: stamps never decrease along it
 	configuration    configuration
 	electionDeadline time.Time // a follower or candidate campaigns then; a leader checks its quorum
 	lastContact      time.Time // with the leader
@@ -38,7 +39,6 @@ type core struct {
 	progress        []*progress // of every other member, by ascending ID
 	appendSeq       uint64
 	firstOfTerm     Index     // the no-op that this leader appended at its election
-	lastTime        time.Time // of the newest entry; stamps never decrease
 	matchesScratch  []Index
 	contactsScratch []time.Time
 
@@ -114,6 +114,9 @@ func newCore(self memberID, l limits, rec Recovered, conf configuration, rng *ra
 		configuration: conf,
 		hardSaved:     rec.HardState,
 		durableIndex:  rec.Last,
+	}
+	if n := len(rec.Tail); n > 0 {
+		c.sawTime(rec.Tail[n-1])
 	}
 	c.log.evict(l.maxTailBytes, c.durableIndex)
 	c.emit(Event{Kind: EventStarted})
@@ -231,7 +234,8 @@ func (c *core) truncateLog(from Index) {
 	}
 }
 
-// compact forgets entries up to and including i, which must be applied.
+// compact forgets entries up to and including i, which must be applied. The
+// newest entry stays: after a restart, its time is the least for the next one.
 func (c *core) compact(i Index) {
 	if c.role == Dead {
 		return
@@ -239,7 +243,7 @@ func (c *core) compact(i Index) {
 	if i > c.commitIndex || i > c.durableIndex {
 		panic(invariantError("compact at %d beyond commit %d or durable %d", i, c.commitIndex, c.durableIndex))
 	}
-	c.log.compact(i)
+	c.log.compact(min(i, c.log.last-1))
 }
 
 // retire gives leadership up and does not seek it again. It returns true if

@@ -35,15 +35,16 @@ type progress struct {
 
 type sentAppend struct {
 	seq   uint64
+	first Index // its first entry, or the next one if it had none
 	bytes int
 }
 
-func (p *progress) sent(seq uint64, bytes int, now time.Time) {
+func (p *progress) sent(a sentAppend, now time.Time) {
 	if len(p.inflight) == 0 {
 		p.lastProgress = now
 	}
-	p.inflight = append(p.inflight, sentAppend{seq, bytes})
-	p.inflightBytes += bytes
+	p.inflight = append(p.inflight, a)
+	p.inflightBytes += a.bytes
 }
 
 // answered frees seq and everything sent before it: one connection answers in
@@ -69,6 +70,17 @@ func (p *progress) probeFrom(next Index, seq uint64) {
 	p.next = max(next, p.match+1)
 	p.inflight, p.inflightBytes = p.inflight[:0], 0
 	p.epoch = seq + 1
+}
+
+// resend gives the window up: what was sent in it is sent again, beginning with
+// a probe. It does not fall back to match, which says nothing about a follower
+// that has not answered this leader yet.
+func (p *progress) resend(seq uint64) {
+	next := p.next
+	if len(p.inflight) > 0 {
+		next = min(next, p.inflight[0].first)
+	}
+	p.probeFrom(next, seq)
 }
 
 // mayStream tells whether another append with `ready` bytes of entries may

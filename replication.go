@@ -10,6 +10,16 @@ func (c *core) stamp() time.Time {
 	return c.lastTime
 }
 
+// sawTime remembers the time of the last of e, whoever stamped it: a new
+// leader's clock may be behind the previous one's.
+func (c *core) sawTime(e Entries) {
+	if n := e.Len(); n > 0 {
+		if at := e.entry(n - 1).Time; at.After(c.lastTime) {
+			c.lastTime = at
+		}
+	}
+}
+
 // propose appends commands to the leader's log: §5.3. It returns the first
 // entry's ID, and false if this server does not lead.
 func (c *core) propose(b *entryBuilder) (EntryID, bool) {
@@ -51,7 +61,7 @@ func (c *core) heartbeat() {
 	for _, p := range c.progress {
 		p.paused = false
 		if len(p.inflight) > 0 && c.now.Sub(p.lastProgress) >= c.limits.electionTimeout {
-			p.probeFrom(p.match+1, c.appendSeq)
+			p.resend(c.appendSeq)
 			c.out.hangups = append(c.out.hangups, p.id)
 		}
 		commit := min(c.commitIndex, p.match)
@@ -73,12 +83,11 @@ func (c *core) sendAppends() {
 // sendTo sends a follower whatever its window allows.
 func (c *core) sendTo(p *progress) {
 	for p.next <= c.log.last {
-		if p.paused || p.reading || p.state == probing && len(p.inflight) > 0 {
+		if p.paused || p.reading || p.starving || p.state == probing && len(p.inflight) > 0 {
 			return
 		}
 		if p.next <= c.log.start.Index {
-			c.starve(p)
-			return
+			p.next = c.log.start.Index + 1 // it may have more than we know of
 		}
 		if p.state == streaming && !p.mayStream(&c.limits, c.readyBytes(p.next)) {
 			return
@@ -119,28 +128,25 @@ func (c *core) sendEntries(p *progress, entries []Entries) {
 	prev := p.next - 1
 	prevTerm, ok := c.log.term(prev)
 	if !ok {
-		if prev != p.match {
-			c.starve(p)
-			return
-		}
-		prevTerm = p.matchTerm
+		panic(invariantError("append after entry %d, which is not in the log", prev))
 	}
 	c.appendSeq++
 	a := &appendArgs{
 		Term: c.currentTerm, Leader: c.self, Seq: c.appendSeq,
 		Prev: EntryID{prev, prevTerm}, Commit: c.commitIndex, Entries: entries,
 	}
-	p.sent(a.Seq, a.size(), c.now)
+	p.sent(sentAppend{a.Seq, p.next, a.size()}, c.now)
 	p.next = a.lastIndex() + 1
 	p.commitSent = max(p.commitSent, min(c.commitIndex, a.lastIndex()))
 	c.send(message{to: p.id, append: a})
 }
 
-// starve notes that a follower needs entries that were compacted.
+// starve notes that a follower needs entries that were compacted: it lacks
+// even the last of them.
 func (c *core) starve(p *progress) {
 	if !p.starving {
 		p.starving = true
-		c.emit(Event{Kind: EventFollowerStarved, Peer: p.id.label(c), Index: p.next})
+		c.emit(Event{Kind: EventFollowerStarved, Peer: p.id.label(c), Index: c.log.start.Index})
 	}
 }
 
@@ -221,6 +227,7 @@ func (c *core) mergeEntries(e Entries) {
 		c.truncateLog(from)
 	}
 	c.log.append(e.slice(i, e.Len()))
+	c.sawTime(e)
 }
 
 // onAppendReply takes the answer to one append or heartbeat (Figure 2,
@@ -248,17 +255,21 @@ func (c *core) onAppendReply(from memberID, a *appendArgs, r *appendReply) {
 				p.match, p.matchTerm = match, t
 			}
 			p.next = max(p.next, p.match+1)
+			p.starving = false
 			if p.state == probing && a.Seq >= p.epoch {
 				p.state = streaming
 			}
 			c.advanceCommit()
 		}
 	default:
-		known := p.answered(a.Seq, c.now)
-		if known && a.Prev.Index > p.match {
-			agree := c.log.lastAtOrBelow(min(r.Hint.Index, a.Prev.Index-1), r.Hint.Term)
-			p.probeFrom(agree.Index+1, c.appendSeq)
+		if !p.answered(a.Seq, c.now) {
+			return
 		}
+		if a.Prev.Index > p.match && a.Prev.Index <= c.log.start.Index {
+			c.starve(p)
+		}
+		agree := c.log.lastAtOrBelow(min(r.Hint.Index, a.Prev.Index-1), r.Hint.Term)
+		p.probeFrom(agree.Index+1, c.appendSeq)
 	}
 }
 
@@ -282,7 +293,7 @@ func (c *core) onAppendFailed(to memberID, a *appendArgs) {
 		return
 	}
 	p.paused = true
-	p.probeFrom(p.match+1, c.appendSeq)
+	p.resend(c.appendSeq)
 }
 
 // onForward notes that somebody on a follower waits for entry i.

@@ -1,0 +1,185 @@
+package raft
+
+import (
+	"math/rand/v2"
+	"testing"
+	"time"
+)
+
+// testCore returns the core of member id of a cluster of n voters, which has
+// entry 1 and hears about a disk that is always done at once (see persist).
+func testCore(t *testing.T, id memberID, n int) *core {
+	t.Helper()
+	var conf configuration
+	for i := range n {
+		conf.members = append(conf.members, member{id: memberID(i + 1), name: NodeID(string(rune('a' + i)))})
+	}
+	first := makeEntry(entryConfiguration, EntryID{1, 0}, time.Time{}, conf.encode())
+	l := limits{
+		electionTimeout: time.Second, heartbeatInterval: 100 * time.Millisecond, checkQuorum: true,
+		gatherBytes: 1, maxFrameBytes: 1, maxInflight: 4, maxInflightBytes: 1 << 20, maxTailBytes: 1 << 20, maxUncommittedSize: 1 << 20,
+	}
+	rec := Recovered{Last: 1, Runs: []EntryID{{1, 0}}, Tail: []Entries{first}}
+	return newCore(id, l, rec, conf, rand.New(rand.NewPCG(uint64(id), 1)), simEpoch)
+}
+
+// persist ends a transition, makes what it saved durable and checks the core.
+func persist(t *testing.T, c *core) (sent []message) {
+	t.Helper()
+	var box outbox
+	for {
+		out := c.finish()
+		box.add(out.msgs)
+		if err := c.checkState(); err != nil {
+			t.Fatal(err)
+		}
+		if out.save == nil && len(out.msgs) == 0 {
+			return box.release(nil, c.durableLSN, c.currentTerm, c.hardLSN)
+		}
+		c.persisted(c.lsn, 0)
+	}
+}
+
+// elect makes c the leader, by the votes of everybody.
+func elect(t *testing.T, c *core) (sent []message) {
+	t.Helper()
+	c.now = c.electionDeadline
+	c.tick()
+	for _, m := range persist(t, c) {
+		c.onVoteReply(m.to, m.vote, &voteReply{Term: m.vote.Term, Granted: true})
+	}
+	if c.role != Leader {
+		t.Fatalf("role is %v", c.role)
+	}
+	return persist(t, c)
+}
+
+func proposeOne(t *testing.T, c *core, data string) []message {
+	t.Helper()
+	var b entryBuilder
+	b.add(entryCommand, []byte(data))
+	if _, ok := c.propose(&b); !ok {
+		t.Fatal("does not lead")
+	}
+	return persist(t, c)
+}
+
+func appendsTo(to memberID, msgs []message) (out []*appendArgs) {
+	for _, m := range msgs {
+		if m.to == to && m.append != nil && !m.append.Heartbeat {
+			out = append(out, m.append)
+		}
+	}
+	return out
+}
+
+func ack(c *core, from memberID, a *appendArgs) {
+	c.onAppendReply(from, a, &appendReply{Term: c.currentTerm, Success: true})
+}
+
+// A new leader whose clock is behind its predecessor's must not stamp an entry
+// with an earlier time. (Simulator, seed 1.)
+func TestStampsNeverDecrease(t *testing.T) {
+	late := simEpoch.Add(time.Hour)
+	a := &appendArgs{Term: 1, Leader: 2, Seq: 1, Prev: EntryID{1, 0}, Entries: []Entries{makeEntry(entryNoop, EntryID{2, 1}, late, nil)}}
+	c := testCore(t, 1, 3)
+	c.onAppendRequest(a, nil)
+	persist(t, c)
+	elect(t, c)
+	if e, _ := c.log.from(3, 3, 1); e[0].entry(0).Time.Before(late) {
+		t.Errorf("entry 3 is stamped %v, entry 2 %v", e[0].entry(0).Time, late)
+	}
+	// After a restart the newest entry says how late it is.
+	rec := Recovered{HardState: HardState{Term: 1}, Last: 2, Runs: []EntryID{{1, 0}, {2, 1}}, Tail: a.Entries}
+	c = newCore(1, c.limits, rec, c.configuration, c.rng, simEpoch)
+	elect(t, c)
+	if e, _ := c.log.from(3, 3, 1); e[0].entry(0).Time.Before(late) {
+		t.Errorf("after a restart entry 3 is stamped %v, entry 2 %v", e[0].entry(0).Time, late)
+	}
+}
+
+// compact keeps the newest entry, whose time the next one must not precede.
+func TestCompactKeepsNewestEntry(t *testing.T) {
+	c := testCore(t, 1, 1)
+	elect(t, c)
+	if c.commitIndex != 2 {
+		t.Fatalf("commit index is %d", c.commitIndex)
+	}
+	c.compact(2)
+	if c.log.start.Index != 1 || c.log.firstInMemory() != 2 {
+		t.Errorf("log starts after %v, memory at %d", c.log.start, c.log.firstInMemory())
+	}
+}
+
+// A new leader's connection breaks before the follower's first answer: it must
+// go on where it was, not at the log's beginning, which may have been
+// compacted. (Simulator, seed 3.)
+func TestResendBeforeFirstAnswer(t *testing.T) {
+	c := testCore(t, 1, 3)
+	sent := elect(t, c)
+	for _, m := range sent {
+		if m.append != nil && m.to == 3 {
+			ack(c, 3, m.append)
+		}
+	}
+	persist(t, c)
+	c.compact(1)
+	a := appendsTo(2, sent)
+	if len(a) != 1 || a[0].Prev.Index != 1 {
+		t.Fatalf("sent %+v", a)
+	}
+	c.onAppendFailed(2, a[0])
+	persist(t, c)
+	c.heartbeat()
+	again := appendsTo(2, persist(t, c))
+	if len(again) != 1 || again[0].Prev.Index != 1 {
+		t.Errorf("after the connection broke: %+v, want the append after entry 1 again", again)
+	}
+}
+
+// A follower may have more than the leader knows of. Only when it refuses the
+// last compacted entry does it need a snapshot.
+func TestStarvingIsFoundOutByAsking(t *testing.T) {
+	c := testCore(t, 1, 3)
+	sent := elect(t, c)
+	for range 3 {
+		proposeOne(t, c, "x")
+	}
+	last := c.log.last
+	m := appendsTo(3, sent)[0]
+	ack(c, 3, &appendArgs{Term: m.Term, Leader: 1, Seq: m.Seq, Prev: EntryID{last, c.currentTerm}})
+	persist(t, c)
+	if c.commitIndex != last {
+		t.Fatalf("commit index is %d, want %d", c.commitIndex, last)
+	}
+	c.compact(last - 1)
+	c.onAppendReply(2, appendsTo(2, sent)[0], &appendReply{Term: c.currentTerm, Hint: EntryID{0, 0}})
+	a := appendsTo(2, persist(t, c))
+	if p := c.progressOf(2); len(a) != 1 || a[0].Prev.Index != last-1 || p.starving != true {
+		// The refused append was before the log's start, so it starves at once.
+		if len(a) != 0 || !p.starving {
+			t.Fatalf("sent %+v, starving %v", a, p.starving)
+		}
+	}
+}
+
+// A refusal may overtake the acknowledgement of the append before it. What was
+// refused must be sent again all the same. (Simulator, seed 171.)
+func TestRefusalBehindLaterAcknowledgement(t *testing.T) {
+	c := testCore(t, 1, 3)
+	first := appendsTo(2, elect(t, c))
+	ack(c, 2, first[0])
+	persist(t, c)
+	one := appendsTo(2, proposeOne(t, c, "1"))
+	two := appendsTo(2, proposeOne(t, c, "2"))
+	if len(one) != 1 || len(two) != 1 {
+		t.Fatalf("sent %v and %v", one, two)
+	}
+	// Two arrives first and is refused; one arrives and is accepted; its answer is first.
+	ack(c, 2, one[0])
+	c.onAppendReply(2, two[0], &appendReply{Term: c.currentTerm, Hint: one[0].Prev})
+	again := appendsTo(2, persist(t, c))
+	if len(again) != 1 || again[0].lastIndex() != two[0].lastIndex() {
+		t.Errorf("sent %+v, want entry %d again", again, two[0].lastIndex())
+	}
+}

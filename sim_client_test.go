@@ -1,0 +1,250 @@
+package raft
+
+import (
+	"encoding/binary"
+	"errors"
+	"time"
+)
+
+// simClients propose commands at random nodes and remember what they were told.
+type simClients struct {
+	ops      []*simOp // by id-1
+	byProp   map[*Proposal]*simOp
+	newest   Index // the highest index that any client was told
+	answered int
+	unknown  int
+	calls    []*simCall // forwards under way
+}
+
+type simOpState uint8
+
+const (
+	opWaiting simOpState = iota
+	opAnswered
+	opRejected
+	opUnknown
+)
+
+type simOp struct {
+	p         *Proposal
+	id        uint64
+	key       byte
+	write     bool
+	state     simOpState
+	invoked   time.Duration
+	returned  time.Duration
+	floor     Index // everything up to here was answered before this began
+	committed Index
+	value     uint64 // what it read
+	client    int
+}
+
+// simBatch is proposals forwarded together.
+type simBatch struct {
+	props []*Proposal
+	ended bool
+}
+
+func (l *simClients) init(*sim) { l.byProp = map[*Proposal]*simOp{} }
+
+// arrive lets a client propose a few commands at some node.
+func (l *simClients) arrive(s *sim) {
+	w := &s.swarm
+	s.push(simEvent{at: s.now + 1 + time.Duration(s.rng.Int64N(2*int64(w.clientEvery))), kind: evClient})
+	if !s.faulty {
+		return // the check after healing waits for logs to become equal
+	}
+	if s.lag() > 300 {
+		return // or catching up would take longer than the ten timeouts, at one entry a round trip
+	}
+	n := s.nodes[s.rng.IntN(len(s.nodes))]
+	if leader := s.highestLeader(); leader != nil && s.chance(0.5) {
+		n = leader
+	}
+	c := n.core
+	if c == nil || c.role == Dead || n.pausedUntil > s.now {
+		return
+	}
+	if c.role == Leader && !c.hasRoom() || c.role != Leader && c.leader == 0 {
+		return
+	}
+	var b entryBuilder
+	var props []*Proposal
+	for range s.between(1, w.batchMax) {
+		op := &simOp{p: &Proposal{}, id: uint64(len(l.ops) + 1), key: byte(s.rng.IntN(w.keys)), write: s.chance(0.5), invoked: s.now, floor: l.newest}
+		l.ops = append(l.ops, op)
+		l.byProp[op.p] = op
+		b.add(entryCommand, simCommand(op.id, op.key, op.write, s.rng.IntN(w.dataMax+1)))
+		props = append(props, op.p)
+	}
+	if c.role == Leader {
+		first, ok := s.begin(n).propose(&b)
+		if !ok {
+			s.fail("leader %d does not take a proposal", n.i)
+		}
+		settled, _ := n.wait.add(first, props)
+		l.settle(s, settled)
+		s.end(n)
+		return
+	}
+	n.wait.forwardBegins()
+	call := &simCall{kind: callForward, from: n.i, to: int(c.leader) - 1, fromRun: n.run,
+		forward: &forwardArgs{From: n.id, Count: len(props), Encoded: b.buf}, batch: &simBatch{props: props}}
+	l.calls = append(l.calls, call)
+	s.transmit(&simMsg{call: call})
+	s.push(simEvent{at: s.now + s.someTimeouts(0.5, 4), kind: evForwardTimeout, node: n.i, run: n.run, msg: &simMsg{call: call}})
+}
+
+// lag returns how many entries the longest log is ahead of the shortest.
+func (s *sim) lag() Index {
+	lo, hi := ^Index(0), Index(0)
+	for _, n := range s.nodes {
+		last := n.disk.last()
+		if n.core != nil {
+			last = n.core.log.last
+		}
+		lo, hi = min(lo, last), max(hi, last)
+	}
+	return hi - lo
+}
+
+// onForwarded takes another node's proposals.
+func (s *sim) onForwarded(n *simNode, call *simCall) {
+	c := n.core
+	r := &forwardReply{Leader: c.leader}
+	var b entryBuilder
+	switch {
+	case c.role == Dead:
+		r.Refusal = forwardStopped
+	case c.role != Leader:
+		r.Refusal = forwardNotLeader
+	case !c.hasRoom():
+		r.Refusal = forwardOverloaded
+	default:
+		if err := b.addUnsealed(call.forward.Encoded); err != nil {
+			s.fail("forwarded proposals: %v", err)
+		}
+		r.First, _ = s.begin(n).propose(&b)
+		run := n.run
+		s.end(n)
+		if n.run != run || n.core == nil {
+			return
+		}
+		s.begin(n).onForward(call.forward.From, r.First.Index+Index(call.forward.Count)-1)
+		s.end(n)
+		if n.run != run || n.core == nil {
+			return
+		}
+	}
+	s.transmit(&simMsg{call: call, isReply: true, forwardReply: r})
+}
+
+// forwardEnds takes the leader's answer to a forward, or gives it up.
+func (l *simClients) forwardEnds(s *sim, n *simNode, call *simCall, r *forwardReply) {
+	if call.batch.ended {
+		return
+	}
+	call.batch.ended = true
+	props := call.batch.props
+	switch {
+	case r == nil:
+		l.settleAll(s, props, outcomeUnknown(errors.New("no answer")))
+	case r.Refusal != forwardAccepted:
+		l.settleAll(s, props, ErrNoLeader)
+	default:
+		settled, _ := n.wait.add(r.First, props)
+		l.settle(s, settled)
+	}
+	n.wait.forwardEnds()
+	if n.core != nil {
+		n.core.want(n.wait.highest())
+	}
+}
+
+func (l *simClients) nodeStopped(s *sim, n *simNode) {
+	kept := l.calls[:0]
+	for _, c := range l.calls {
+		if c.from == n.i && c.fromRun == n.run {
+			l.forwardEnds(s, n, c, nil)
+		}
+		if !c.batch.ended {
+			kept = append(kept, c)
+		}
+	}
+	clear(l.calls[len(kept):])
+	l.calls = kept
+}
+
+func (l *simClients) settleAll(s *sim, props []*Proposal, err error) {
+	for _, p := range props {
+		p.err = err
+	}
+	l.settle(s, props)
+}
+
+// settle takes the outcomes of proposals and checks them.
+func (l *simClients) settle(s *sim, props []*Proposal) {
+	for _, p := range props {
+		op := l.byProp[p]
+		delete(l.byProp, p)
+		if op == nil || op.state != opWaiting {
+			s.fail("a proposal was settled twice: %+v", op)
+		}
+		op.returned = s.now
+		switch {
+		case p.err == nil:
+			op.state = opAnswered
+			l.answer(s, op)
+		case errors.Is(p.err, ErrOutcomeUnknown):
+			op.state = opUnknown
+			l.unknown++
+		default:
+			op.state = opRejected
+			if op.committed != 0 {
+				s.fail("20 command %d was rejected (%v) and is committed as entry %d", op.id, p.err, op.committed)
+			}
+		}
+	}
+}
+
+// answer checks linearizability with the log's order as the witness: the
+// result is what the log says at that place, and the place is after everything
+// that was answered before this command began.
+func (l *simClients) answer(s *sim, op *simOp) {
+	r := op.p.result
+	l.answered++
+	if op.committed != r.Index {
+		s.fail("21 command %d was answered with entry %d, it is committed as entry %d", op.id, r.Index, op.committed)
+	}
+	want := &s.book.committed[r.Index-1]
+	if want.term != r.Term || string(want.result) != string(r.Data) {
+		s.fail("21 command %d at entry %d was answered %x of term %d, the log says %x of term %d", op.id, r.Index, r.Data, r.Term, want.result, want.term)
+	}
+	if r.Index <= op.floor {
+		s.fail("21 command %d became entry %d, but entry %d was answered before it began", op.id, r.Index, op.floor)
+	}
+	op.value = binary.LittleEndian.Uint64(r.Data)
+	l.newest = max(l.newest, r.Index)
+}
+
+// committed is told of every command that commits, once.
+func (l *simClients) committed(s *sim, i Index, data []byte) {
+	op := l.ops[binary.LittleEndian.Uint64(data)-1]
+	if op.committed != 0 {
+		s.fail("19 command %d is committed as entries %d and %d", op.id, op.committed, i)
+	}
+	if op.state == opRejected {
+		s.fail("20 command %d was rejected (%v), then committed as entry %d", op.id, op.p.err, i)
+	}
+	op.committed = i
+}
+
+// check runs at the end of a seed: nobody waits for ever.
+func (l *simClients) check(s *sim) {
+	for _, op := range l.ops {
+		if op.state == opWaiting && op.committed != 0 {
+			// Its node must be behind, or be waiting for the leader's answer.
+			continue
+		}
+	}
+}

@@ -1,0 +1,375 @@
+package raft
+
+import (
+	"fmt"
+	"slices"
+	"time"
+)
+
+type simCallKind uint8
+
+const (
+	callVote simCallKind = iota
+	callAppend
+	callHeartbeat
+	callForward
+)
+
+// simCall is a request and what its sender remembers of it.
+type simCall struct {
+	kind     simCallKind
+	from, to int
+	fromRun  uint32
+	link     uint64 // the connection it was sent on
+	vote     *voteArgs
+	append   *appendArgs
+	forward  *forwardArgs
+	batch    *simBatch // of a forward
+	settled  bool      // an append was answered or failed
+}
+
+// simMsg is a request or a reply under way.
+type simMsg struct {
+	call         *simCall
+	isReply      bool
+	voteReply    *voteReply
+	appendReply  *appendReply
+	forwardReply *forwardReply
+}
+
+func (m *simMsg) String() string {
+	c := m.call
+	dir := fmt.Sprintf("%d->%d ", c.from, c.to)
+	switch {
+	case c.kind == callVote && m.isReply:
+		return dir + fmt.Sprintf("vote %+v answered %+v", *c.vote, *m.voteReply)
+	case c.kind == callVote:
+		return dir + fmt.Sprintf("vote %+v", *c.vote)
+	case c.kind == callForward:
+		return dir + "forward"
+	}
+	a := c.append
+	what := fmt.Sprintf("append term %d seq %d prev %v last %d commit %d", a.Term, a.Seq, a.Prev, a.lastIndex(), a.Commit)
+	if a.Heartbeat {
+		what = fmt.Sprintf("heartbeat term %d prev %v commit %d", a.Term, a.Prev, a.Commit)
+	}
+	if m.isReply {
+		what += fmt.Sprintf(" answered %+v", *m.appendReply)
+	}
+	return dir + what
+}
+
+// simLink is the one-way path from one node to another.
+type simLink struct {
+	cut         bool
+	clogged     time.Duration // nothing arrives before this time
+	conn        uint64        // the current append connection
+	lastArrival time.Duration // of a request on it, where order is kept
+	outstanding []*simCall
+}
+
+func (s *sim) link(from, to int) *simLink { return &s.links[from*len(s.nodes)+to] }
+
+// transmit puts a message on its way, if the faults let it.
+func (s *sim) transmit(m *simMsg) {
+	c := m.call
+	from, to := c.from, c.to
+	if m.isReply {
+		from, to = to, from
+	}
+	l := s.link(from, to)
+	if l.cut {
+		return
+	}
+	if s.faulty {
+		if s.chance(s.swarm.dropP) {
+			return
+		}
+		if c.kind == callAppend && s.chance(s.swarm.breakP) {
+			s.breakLink(c.from, c.to)
+			return
+		}
+		if c.kind != callForward && s.chance(s.swarm.dupP) { // a forward is not idempotent, and is sent once
+			s.deliverAfter(l, m, from, to)
+		}
+	}
+	s.deliverAfter(l, m, from, to)
+}
+
+func (s *sim) deliverAfter(l *simLink, m *simMsg, from, to int) {
+	at := max(s.now+s.delay(m), l.clogged)
+	e := simEvent{kind: evRequest, node: to, msg: m, epoch: s.netEpoch}
+	if m.isReply {
+		e.kind, e.run = evReply, m.call.fromRun
+	} else if m.call.kind == callAppend && (s.swarm.ordered || !s.faulty) {
+		at = max(at, l.lastArrival)
+		l.lastArrival = at
+	}
+	e.at = at
+	s.push(e)
+}
+
+func (s *sim) delay(m *simMsg) time.Duration {
+	w := &s.swarm
+	if !s.faulty {
+		return time.Duration(float64(w.timeout) * (0.001 + 0.004*s.rng.Float64()))
+	}
+	d := w.delayMin + time.Duration(s.rng.Int64N(int64(2*w.delayMean)))
+	if s.chance(w.tailP) {
+		d += time.Duration(s.logUniform(0.01, 4) * float64(w.timeout))
+	}
+	if m.isReply && s.chance(w.oldP) {
+		d += time.Duration(s.logUniform(1, 30) * float64(w.timeout))
+	}
+	return d
+}
+
+// breakLink ends the append connection: what is unanswered on it fails.
+// Requests that are under way may still arrive, their answers do not.
+func (s *sim) breakLink(from, to int) {
+	l := s.link(from, to)
+	l.conn++
+	l.lastArrival = 0
+	for _, c := range l.outstanding {
+		if !c.settled {
+			c.settled = true
+			d := time.Duration(s.rng.Int64N(int64(s.swarm.delayMin) + 1))
+			s.push(simEvent{at: s.now + d, kind: evAppendFailed, node: from, run: c.fromRun, msg: &simMsg{call: c}, epoch: s.netEpoch})
+		}
+	}
+	l.outstanding = l.outstanding[:0]
+}
+
+// sendRequest turns a message of the core into a call.
+func (s *sim) sendRequest(n *simNode, m message) {
+	to := int(m.to) - 1
+	c := &simCall{from: n.i, to: to, fromRun: n.run, vote: m.vote, append: m.append}
+	if m.append != nil {
+		c.kind = callHeartbeat
+		if !m.append.Heartbeat {
+			c.kind = callAppend
+			l := s.link(n.i, to)
+			c.link = l.conn
+			l.outstanding = append(slices.DeleteFunc(l.outstanding, func(o *simCall) bool { return o.settled }), c)
+		}
+	}
+	s.transmit(&simMsg{call: c})
+}
+
+func (s *sim) sendReply(m message) {
+	c := m.token.(*simCall)
+	s.transmit(&simMsg{call: c, isReply: true, voteReply: m.voteReply, appendReply: m.appendReply})
+}
+
+// The faults that strike at random times, beside those of single messages.
+const (
+	nemSplit = iota
+	nemOneWay
+	nemPair
+	nemIsolateLeader
+	nemClog
+	nemBreak
+	nemCrash
+	nemCrashLeader
+	nemCrashAll
+	nemPause
+	nemClock
+	nemCompact
+	nemHealNet
+	nemDeafLeader
+	nemesisCount
+)
+
+func (s *sim) nemesis() {
+	w := &s.swarm
+	s.push(simEvent{at: s.now + 1 + time.Duration(s.rng.Int64N(2*int64(w.nemesisEvery))), kind: evNemesis, epoch: uint32(s.round)})
+	f := w.nemeses[s.rng.IntN(len(w.nemeses))]
+	if s.chance(0.2) {
+		f = nemHealNet
+	}
+	if s.chance(0.15) {
+		f = nemCompact
+	}
+	n := s.nodes[s.rng.IntN(len(s.nodes))]
+	leader := s.highestLeader()
+	if leader != nil && (f == nemIsolateLeader || f == nemCrashLeader || f == nemDeafLeader || s.chance(0.3)) {
+		n = leader
+	}
+	s.mix(uint64(f))
+	switch f {
+	case nemSplit:
+		side := make([]bool, len(s.nodes))
+		for i := range side {
+			side[i] = s.chance(0.5)
+		}
+		s.cutWhere(func(a, b int) bool { return side[a] != side[b] })
+		s.note(-1, "partition %v", side)
+	case nemOneWay:
+		m := s.rng.IntN(len(s.nodes))
+		s.link(n.i, m).cut = true
+		s.note(-1, "cut %d->%d", n.i, m)
+	case nemPair:
+		m := s.rng.IntN(len(s.nodes))
+		s.link(n.i, m).cut, s.link(m, n.i).cut = true, true
+		s.note(-1, "cut %d-%d", n.i, m)
+	case nemIsolateLeader:
+		s.cutWhere(func(a, b int) bool { return a == n.i || b == n.i })
+		s.note(-1, "isolate %d", n.i)
+	case nemDeafLeader:
+		s.cutWhere(func(a, b int) bool { return b == n.i })
+		s.note(-1, "%d hears nothing", n.i)
+	case nemHealNet:
+		s.cutWhere(func(a, b int) bool { return false })
+		s.note(-1, "heal the network")
+	case nemClog:
+		d := s.someTimeouts(0.2, 10)
+		for i := range s.links {
+			if i/len(s.nodes) == n.i || i%len(s.nodes) == n.i {
+				if s.chance(0.5) {
+					s.links[i].clogged = s.now + d
+				}
+			}
+		}
+		s.note(n.i, "clogged for %v", d)
+	case nemBreak:
+		for i := range s.nodes {
+			if s.chance(0.5) {
+				s.breakLink(n.i, i)
+			}
+		}
+		s.note(n.i, "connections break")
+	case nemPause:
+		n.pausedUntil = s.now + s.someTimeouts(0.1, 8)
+		s.push(simEvent{at: n.pausedUntil, kind: evResume, node: n.i})
+		s.note(n.i, "paused until %v", n.pausedUntil)
+	case nemClock:
+		n.clockBase, n.clockAt = s.localNow(n).Sub(simEpoch)+s.someTimeouts(0.01, 2), s.now
+		n.clockRate = 0.9 + 0.2*s.rng.Float64()
+		s.note(n.i, "clock jumps and runs at %.3f", n.clockRate)
+		if n.core != nil {
+			s.armTimer(n)
+		}
+	case nemCompact:
+		s.compact(n)
+	case nemCrash, nemCrashLeader:
+		s.crashAndRestart(n)
+	case nemCrashAll:
+		for _, n := range s.nodes {
+			s.crashAndRestart(n)
+		}
+	}
+}
+
+func (s *sim) someTimeouts(lo, hi float64) time.Duration {
+	return time.Duration(s.logUniform(lo, hi) * float64(s.swarm.timeout))
+}
+
+func (s *sim) cutWhere(cut func(from, to int) bool) {
+	for i := range s.links {
+		s.links[i].cut = cut(i/len(s.nodes), i%len(s.nodes))
+	}
+}
+
+func (s *sim) highestLeader() (best *simNode) {
+	for _, n := range s.nodes {
+		if n.core != nil && n.core.role == Leader && (best == nil || n.core.currentTerm > best.core.currentTerm) {
+			best = n
+		}
+	}
+	return best
+}
+
+// phase heals a random majority after a round of faults, and checks ten
+// election timeouts later at the latest that it works again.
+func (s *sim) phase() {
+	if s.faulty {
+		s.heal()
+		return
+	}
+	if s.healed() {
+		took := float64(s.now-s.phaseStarted) / float64(s.swarm.timeout)
+		s.healTimes = append(s.healTimes, took)
+		s.note(-1, "healed after %.2f election timeouts", took)
+		if s.round >= s.swarm.rounds {
+			s.done = true
+			return
+		}
+		s.beginFaults()
+		return
+	}
+	if s.now-s.phaseStarted > 10*s.swarm.timeout {
+		s.fail("liveness: ten election timeouts after healing nodes %v: %s", s.core, s.describe())
+	}
+	s.push(simEvent{at: s.now + s.swarm.timeout/20, kind: evPhase})
+}
+
+// heal keeps a random majority, stops all faults there and leaves the rest dead.
+func (s *sim) heal() {
+	s.faulty = false
+	s.phaseStarted = s.now
+	s.netEpoch++ // connections are new; what was unanswered on the old ones stays so
+	for i := range s.links {
+		s.links[i].cut, s.links[i].clogged, s.links[i].lastArrival = false, 0, 0
+	}
+	alive := s.between(s.swarm.voters/2+1, s.swarm.voters)
+	order := s.rng.Perm(s.swarm.voters)
+	for i := range s.core {
+		s.core[i] = i >= s.swarm.voters && s.chance(0.7)
+	}
+	for _, i := range order[:alive] {
+		s.core[i] = true
+	}
+	for i, n := range s.nodes {
+		n.crashIn = 0
+		s.resume(n)
+		n.clockRate, n.clockBase, n.clockAt = 1, s.localNow(n).Sub(simEpoch), s.now
+		switch {
+		case !s.core[i]:
+			s.crash(n)
+			n.restarting = false
+		case n.core == nil || n.core.role == Dead:
+			s.crash(n)
+			s.restartAfter(n, 0)
+		default:
+			s.armTimer(n)
+			s.startFlush(n)
+		}
+	}
+	s.note(-1, "heal nodes %v", s.core)
+	s.push(simEvent{at: s.now + s.swarm.timeout/20, kind: evPhase})
+}
+
+// healed: a leader has committed an entry of its own term and everything
+// before it, and all nodes of the healed majority have the same log, committed.
+func (s *sim) healed() bool {
+	l := s.highestLeader()
+	if l == nil {
+		return false
+	}
+	c := l.core
+	if c.commitIndex != c.log.last || c.commitIndex < c.firstOfTerm {
+		return false
+	}
+	for i, n := range s.nodes {
+		if s.core[i] && (n.core == nil || n.core.log.lastID() != c.log.lastID() || n.core.commitIndex != c.commitIndex || n.applied != c.commitIndex) {
+			return false
+		}
+	}
+	return true
+}
+
+func (s *sim) describe() string {
+	out := ""
+	for _, n := range s.nodes {
+		if n.core == nil {
+			out += fmt.Sprintf("\n  %d down", n.i)
+			continue
+		}
+		c := n.core
+		out += fmt.Sprintf("\n  %d %s term %d leader %d log %v..%v commit %d applied %d durable %d", n.i, c.role, c.currentTerm, c.leader, c.log.start, c.log.lastID(), c.commitIndex, n.applied, c.durableIndex)
+		for _, p := range c.progress {
+			out += fmt.Sprintf("\n      to %d: state %d next %d match %d inflight %d reading %v starving %v", p.id-1, p.state, p.next, p.match, len(p.inflight), p.reading, p.starving)
+		}
+	}
+	return out
+}

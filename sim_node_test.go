@@ -1,0 +1,419 @@
+package raft
+
+import (
+	"context"
+	"errors"
+	"math/rand/v2"
+	"time"
+)
+
+// simNode is one server: what survives a crash, and the current run of it.
+type simNode struct {
+	s      *sim
+	i      int
+	id     memberID
+	limits limits
+	disk   *simDisk // survives crashes as far as it was flushed
+
+	run        uint32 // counts starts; events of an earlier run are void
+	core       *core  // nil while down
+	box        outbox
+	wait       pending
+	machine    simMachine
+	applied    Index
+	applying   bool
+	flushing   bool
+	beating    bool
+	timerAt    time.Duration // of the newest timer event
+	crashIn    int           // boundaries left until the crash, 0 if none is armed
+	released   []message     // scratch
+	restarting bool
+	restartSeq LSN
+
+	pausedUntil time.Duration
+	deferred    []simEvent
+	clockRate   float64 // local seconds per second since clockAt
+	clockBase   time.Duration
+	clockAt     time.Duration
+
+	before      coreSnapshot
+	truncations uint64
+	seenMatch   []Index
+	seenDurable Index
+	maxTermSent Term // over all runs: what others may have seen
+}
+
+func newSimNode(s *sim, i int, first Entries) *simNode {
+	n := &simNode{s: s, i: i, id: memberID(i + 1), disk: newSimDisk(first), clockRate: 1}
+	var base *limits
+	if i > 0 {
+		base = &s.nodes[0].limits
+	}
+	n.limits = s.drawLimits(s.seed%3 != 0, base)
+	n.clockBase = time.Duration(s.rng.Int64N(int64(2 * time.Hour)))
+	n.seenMatch = make([]Index, s.swarm.nodes)
+	return n
+}
+
+func (s *sim) localNow(n *simNode) time.Time {
+	return simEpoch.Add(n.clockBase + time.Duration(float64(s.now-n.clockAt)*n.clockRate))
+}
+
+// boot starts a run of the node from what its disk recovers.
+func (s *sim) boot(n *simNode) {
+	n.restarting = false
+	rec, err := n.disk.Open(context.Background(), Identity{})
+	if err != nil {
+		s.fail("node %d does not start: %v", n.i, err)
+	}
+	conf, err := decodeConfiguration(rec.Config)
+	if err != nil {
+		s.fail("node %d: %v", n.i, err)
+	}
+	rec.Tail = n.disk.tail(s.rng.IntN(4096))
+	n.run++
+	n.box, n.wait = outbox{}, pending{applied: rec.Start.Index, maxKept: 4096}
+	n.applying, n.flushing, n.beating, n.timerAt = false, false, false, 0
+	n.pausedUntil, n.deferred, n.crashIn = 0, nil, 0
+	n.applied = rec.Start.Index
+	n.machine = s.book.machineAt(n.applied)
+	n.seenDurable = rec.Last
+	dice := rand.New(rand.NewPCG(s.rng.Uint64(), s.rng.Uint64()))
+	n.core = newCore(n.id, n.limits, rec, conf, dice, s.localNow(n))
+	s.book.started(s, n)
+	s.note(n.i, "starts with term %d vote %d log %v..%d", rec.HardState.Term, rec.HardState.VotedFor, rec.Start, rec.Last)
+	s.begin(n)
+	s.end(n)
+}
+
+// begin sets the scene for one transition of the core; end hands its effects on.
+func (s *sim) begin(n *simNode) *core {
+	n.before, n.truncations = n.core.snapshot(), n.core.log.truncations
+	n.core.now = s.localNow(n)
+	s.steps++
+	return n.core
+}
+
+func (s *sim) end(n *simNode) {
+	c, run := n.core, n.run
+	out := c.finish()
+	if err := c.checkStep(n.before); err != nil {
+		s.fail("node %d: %v", n.i, err)
+	}
+	for _, e := range out.events {
+		s.record(simRecord{at: s.now, node: n.i, ev: e})
+	}
+	s.book.transition(s, n, &out)
+	if out.save != nil {
+		if s.boundary(n) {
+			return
+		}
+		n.disk.Append(*out.save)
+		if s.boundary(n) {
+			return
+		}
+	}
+	if c.role == Dead {
+		n.box.drop()
+		s.load.settle(s, firstOf(n.wait.stop(outcomeUnknown(ErrStopped))))
+		return
+	}
+	n.box.add(out.msgs)
+	s.release(n)
+	if n.run != run || n.core == nil {
+		return
+	}
+	for _, to := range out.hangups {
+		s.breakLink(n.i, int(to)-1)
+	}
+	for _, q := range out.reads {
+		d := time.Duration(s.rng.Int64N(int64(2*s.swarm.readMean) + 1))
+		if !s.faulty {
+			d = s.swarm.timeout / 1000
+		}
+		s.push(simEvent{at: s.now + d, kind: evRead, node: n.i, run: n.run, read: &q})
+	}
+	s.startFlush(n)
+	s.armTimer(n)
+	if c.role == Leader && !n.beating {
+		n.beating = true
+		s.push(simEvent{at: s.now + n.limits.heartbeatInterval, kind: evHeartbeat, node: n.i, run: n.run})
+	}
+	s.scheduleApply(n)
+}
+
+func firstOf(ps []*Proposal, _ []chan struct{}) []*Proposal { return ps }
+
+// release sends what may leave, looking at each message on its way.
+func (s *sim) release(n *simNode) {
+	c, run := n.core, n.run
+	msgs := n.box.release(n.released[:0], c.durableLSN, c.currentTerm, c.hardLSN)
+	for _, m := range msgs {
+		if s.boundary(n) || n.run != run {
+			return
+		}
+		s.book.leaves(s, n, &m)
+		if m.token != nil {
+			s.sendReply(m)
+		} else {
+			s.sendRequest(n, m)
+		}
+	}
+	clear(msgs)
+	n.released = msgs[:0]
+}
+
+func (s *sim) armTimer(n *simNode) {
+	if n.core == nil || n.core.role == Dead {
+		return
+	}
+	left := time.Duration(float64(n.core.electionDeadline.Sub(s.localNow(n))) / n.clockRate)
+	at := max(s.now+left, s.now+1)
+	if n.timerAt <= s.now || at < n.timerAt {
+		n.timerAt = at
+		s.push(simEvent{at: at, kind: evTimer, node: n.i, run: n.run})
+	}
+}
+
+func (s *sim) startFlush(n *simNode) {
+	if n.flushing || n.core.role == Dead || n.core.lsn == n.core.durableLSN {
+		return
+	}
+	n.flushing = true
+	w := &s.swarm
+	d := w.timeout / 1000
+	if s.faulty {
+		d = time.Duration(s.rng.Int64N(int64(2*w.flushMean) + 1))
+		if s.chance(w.flushTailP) {
+			d += s.someTimeouts(0.05, 5)
+		}
+	}
+	s.push(simEvent{at: s.now + d, kind: evFlushed, node: n.i, run: n.run, lsn: n.core.lsn, took: d})
+}
+
+func (s *sim) scheduleApply(n *simNode) {
+	if n.applying || n.core.role == Dead || n.core.commitIndex <= n.applied {
+		return
+	}
+	n.applying = true
+	d := s.swarm.timeout / 1000
+	if s.faulty {
+		d = time.Duration(s.rng.Int64N(int64(2*s.swarm.applyMean) + 1))
+	}
+	s.push(simEvent{at: s.now + d, kind: evApply, node: n.i, run: n.run})
+}
+
+// onNode performs an event of a running node.
+func (s *sim) onNode(n *simNode, e simEvent) {
+	switch e.kind {
+	case evTimer:
+		if e.at < n.timerAt {
+			return
+		}
+		n.timerAt = 0
+		s.begin(n).tick()
+		s.end(n)
+	case evHeartbeat:
+		if n.beating = n.core.role == Leader; n.beating {
+			s.push(simEvent{at: s.now + n.limits.heartbeatInterval, kind: evHeartbeat, node: n.i, run: n.run})
+			s.begin(n).heartbeat()
+			s.end(n)
+		}
+	case evRequest:
+		s.onRequest(n, e.msg.call)
+	case evReply:
+		s.onReply(n, e.msg)
+	case evAppendFailed:
+		s.begin(n).onAppendFailed(memberID(e.msg.call.to+1), e.msg.call.append)
+		s.end(n)
+	case evFlushed:
+		s.onFlushed(n, e)
+	case evRead:
+		s.onRead(n, e.read)
+	case evApply:
+		s.onApply(n)
+	case evForwardTimeout:
+		s.load.forwardEnds(s, n, e.msg.call, nil)
+	}
+}
+
+func (s *sim) onRequest(n *simNode, call *simCall) {
+	switch call.kind {
+	case callVote:
+		s.begin(n).onVoteRequest(call.vote, call)
+		s.end(n)
+	case callAppend, callHeartbeat:
+		s.begin(n).onAppendRequest(call.append, call)
+		s.end(n)
+	case callForward:
+		s.onForwarded(n, call)
+	}
+}
+
+func (s *sim) onReply(n *simNode, m *simMsg) {
+	call := m.call
+	from := memberID(call.to + 1)
+	switch call.kind {
+	case callVote:
+		s.begin(n).onVoteReply(from, call.vote, m.voteReply)
+	case callAppend:
+		// A broken connection brings no answer any more.
+		if call.settled && call.link != s.link(call.from, call.to).conn {
+			return
+		}
+		call.settled = true
+		s.begin(n).onAppendReply(from, call.append, m.appendReply)
+	case callHeartbeat:
+		s.begin(n).onAppendReply(from, call.append, m.appendReply)
+	case callForward:
+		s.load.forwardEnds(s, n, call, m.forwardReply)
+		return
+	}
+	s.end(n)
+}
+
+var errSimDisk = errors.New("input/output error")
+
+func (s *sim) onFlushed(n *simNode, e simEvent) {
+	n.flushing = false
+	if n.core.role == Dead {
+		return
+	}
+	if s.faulty && s.chance(s.swarm.flushFailP) {
+		s.note(n.i, "the disk fails")
+		s.begin(n).die(errSimDisk)
+		s.end(n)
+		// The process may linger, dead, before its supervisor restarts it.
+		n.restarting = true
+		s.restartAfter(n, s.someTimeouts(0.01, 5))
+		return
+	}
+	if s.boundary(n) {
+		return
+	}
+	n.disk.flushTo(e.lsn)
+	s.book.diskChanged(s, n)
+	if s.boundary(n) {
+		return
+	}
+	s.begin(n).persisted(e.lsn, e.took)
+	s.end(n)
+}
+
+func (s *sim) onRead(n *simNode, q *entryRequest) {
+	entries, err := n.disk.Read(q.lo, min(q.hi, n.disk.last()), q.maxBytes)
+	if err != nil {
+		entries = nil // it was compacted meanwhile
+	}
+	s.begin(n).entriesRead(*q, entries)
+	s.end(n)
+}
+
+func (s *sim) onApply(n *simNode) {
+	n.applying = false
+	c := n.core
+	if c.role == Dead || c.commitIndex <= n.applied {
+		return
+	}
+	limit := 1 + s.rng.IntN(8192)
+	lo := n.applied + 1
+	runs, ok := c.log.from(lo, c.commitIndex, limit)
+	if !ok {
+		var err error
+		if runs, err = n.disk.Read(lo, min(c.commitIndex, c.log.firstInMemory()-1), limit); err != nil {
+			s.fail("node %d can't read committed entry %d: %v", n.i, lo, err)
+		}
+	}
+	var settled []*Proposal
+	for _, e := range runs {
+		results := make([][]byte, e.Len())
+		for i := range e.Len() {
+			results[i] = s.book.applied(s, n, e, i)
+		}
+		settled, _ = n.wait.onApplied(e, results, settled, nil)
+	}
+	s.load.settle(s, settled)
+	c.want(n.wait.highest())
+	s.scheduleApply(n)
+}
+
+// boundary is a point at which a crash may have been armed. It returns true
+// if the node is gone.
+func (s *sim) boundary(n *simNode) bool {
+	if n.crashIn == 0 {
+		return false
+	}
+	if n.crashIn--; n.crashIn > 0 {
+		return false
+	}
+	s.note(n.i, "crashes at a boundary")
+	s.crashAndRestart(n)
+	return true
+}
+
+func (s *sim) armCrash(n *simNode) {
+	if s.faulty && n.crashIn == 0 && s.chance(s.swarm.boundaryP*0.004) {
+		n.crashIn = s.between(1, 12)
+	}
+}
+
+// crash ends a run. What was not flushed is lost, except for a prefix of it
+// that may have made it to the disk.
+func (s *sim) crash(n *simNode) {
+	n.restartSeq++
+	n.restarting = false
+	if n.core == nil {
+		return
+	}
+	s.load.settle(s, firstOf(n.wait.stop(outcomeUnknown(ErrStopped))))
+	s.load.nodeStopped(s, n)
+	term, first := n.core.currentTerm, n.core.firstOfTerm
+	n.core = nil
+	n.run++
+	n.disk.crash(s.rng)
+	if leader, ok := s.book.leaders[term]; ok && leader == n.i && n.disk.hard.Term < term {
+		s.book.unsay(first, term)
+	}
+	s.book.diskChanged(s, n)
+	for i := range s.nodes {
+		own := s.link(n.i, i)
+		own.outstanding = own.outstanding[:0]
+		own.conn++
+		if s.chance(0.5) { // otherwise the peers find out by themselves
+			s.breakLink(i, n.i)
+		}
+	}
+}
+
+func (s *sim) crashAndRestart(n *simNode) {
+	if n.core == nil {
+		return
+	}
+	s.note(n.i, "crashes")
+	s.crash(n)
+	s.restartAfter(n, s.someTimeouts(0.001, 6))
+}
+
+// restartAfter starts the node again; a dead process ends first.
+func (s *sim) restartAfter(n *simNode, d time.Duration) {
+	n.restarting = true
+	n.restartSeq++
+	s.push(simEvent{at: s.now + d, kind: evRestart, node: n.i, lsn: n.restartSeq})
+}
+
+// compact drops a prefix of the log that every node has for good.
+func (s *sim) compact(n *simNode) {
+	if n.core == nil || n.core.role == Dead || n.pausedUntil > s.now {
+		return
+	}
+	hi := min(n.applied, n.core.durableIndex)
+	for _, o := range s.nodes {
+		hi = min(hi, s.book.durableCommitted(o))
+	}
+	if lo := n.core.log.start.Index; hi > lo {
+		i := lo + 1 + Index(s.rng.Int64N(int64(hi-lo)))
+		s.note(n.i, "compacts up to %d", i)
+		s.begin(n).compact(i)
+		s.end(n)
+	}
+}

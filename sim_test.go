@@ -1,0 +1,546 @@
+package raft
+
+import (
+	"errors"
+	flags "flag"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"runtime/debug"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+)
+
+// The simulator runs a whole cluster on one goroutine in virtual time. All
+// dice come from one seed, nothing iterates over a map and nothing reads the
+// wall clock, so that a seed replays a run exactly. See DESIGN.md, 11.1.
+var (
+	simSeed     = flags.Uint64("sim.seed", 0, "replay this one seed")
+	simSeeds    = flags.Int("sim.seeds", 40, "how many fresh seeds TestSim runs")
+	simDuration = flags.Duration("sim.duration", 0, "run fresh seeds for this long instead")
+	simBase     = flags.Uint64("sim.base", 0, "first of the fresh seeds; 0 draws one")
+	simTrace    = flags.Bool("sim.trace", false, "print every event of the run")
+)
+
+type simEventKind uint8
+
+const (
+	evTimer simEventKind = iota + 1
+	evHeartbeat
+	evRequest
+	evReply
+	evAppendFailed
+	evFlushed
+	evRead
+	evApply
+	evForwardTimeout
+	evClient
+	evNemesis
+	evRestart
+	evPhase
+	evResume
+)
+
+var simEventNames = [...]string{"", "timer", "heartbeat", "request", "reply", "append failed", "flushed", "read", "apply", "forward timeout", "client", "nemesis", "restart", "phase", "resume"}
+
+// simEvent is one thing that will happen. It concerns a node in one of its
+// runs: a crash makes it void.
+type simEvent struct {
+	at    time.Duration
+	seq   uint64
+	kind  simEventKind
+	node  int
+	run   uint32
+	lsn   LSN
+	took  time.Duration
+	msg   *simMsg
+	read  *entryRequest
+	epoch uint32 // of the network: healing drops what is under way
+}
+
+// simSwarm is what a seed draws at the beginning: the sizes, the limits, and
+// which faults occur how often. Averages over all of them would find less: a
+// bug often needs one fault to be frequent and another to be absent.
+type simSwarm struct {
+	nodes, voters int
+	timeout       time.Duration
+	ordered       bool // append streams keep their order, as TCP would
+	delayMin      time.Duration
+	delayMean     time.Duration
+	tailP         float64 // a message takes much longer
+	oldP          float64 // a reply takes several election timeouts
+	dropP         float64
+	breakP        float64 // an append breaks its connection
+	dupP          float64
+	flushMean     time.Duration
+	flushTailP    float64
+	flushFailP    float64
+	boundaryP     float64 // a crash is armed at one of the next saves and sends
+	applyMean     time.Duration
+	readMean      time.Duration
+	nemesisEvery  time.Duration
+	nemeses       []int
+	clientEvery   time.Duration
+	batchMax      int
+	dataMax       int
+	keys          int
+	rounds        int
+	roundTimeouts int // length of a round of faults in election timeouts
+}
+
+type sim struct {
+	seed     uint64
+	rng      *rand.Rand
+	swarm    simSwarm
+	now      time.Duration
+	seq      uint64
+	heap     []simEvent
+	nodes    []*simNode
+	links    []simLink // from*n + to
+	conf     configuration
+	netEpoch uint32
+	faulty   bool // in a round of faults; else healed
+
+	phaseStarted time.Duration
+	round        int
+	core         []bool // the nodes that were healed
+	healTimes    []float64
+
+	book  ledger
+	load  simClients
+	steps int
+	hash  uint64
+	ring  []simRecord
+	done  bool
+}
+
+type simRecord struct {
+	at   time.Duration
+	node int
+	kind simEventKind
+	msg  *simMsg
+	ev   Event
+	note string
+}
+
+var simEpoch = time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC)
+
+// simResult is what a run found.
+type simResult struct {
+	err       error
+	hash      uint64
+	steps     int
+	simulated time.Duration
+	healTimes []float64 // in election timeouts
+	committed Index
+	elections int
+	ok, lost  int // client operations answered, and those without an answer
+	tail      string
+}
+
+// runSim runs one seed to its end or to the first broken invariant.
+func runSim(seed uint64) (res simResult) {
+	s := newSim(seed)
+	defer func() {
+		res.hash, res.steps, res.simulated, res.healTimes = s.hash, s.steps, s.now, s.healTimes
+		res.committed, res.elections = Index(len(s.book.committed)), s.book.elections
+		res.ok, res.lost = s.load.answered, s.load.unknown
+		if r := recover(); r != nil {
+			var f simFailure
+			if err, ok := r.(error); ok && errors.As(err, &f) {
+				res.err = err
+			} else {
+				res.err = fmt.Errorf("panic: %v\n%s", r, debug.Stack())
+			}
+			res.tail = s.lastEvents(80)
+		}
+	}()
+	s.start()
+	for len(s.heap) > 0 && !s.done {
+		e := s.pop()
+		s.now = e.at
+		s.handle(e)
+	}
+	s.finalChecks()
+	return
+}
+
+type simFailure struct{ msg string }
+
+func (f simFailure) Error() string { return f.msg }
+
+func (s *sim) fail(format string, args ...any) {
+	panic(simFailure{fmt.Sprintf(format, args...)})
+}
+
+func newSim(seed uint64) *sim {
+	s := &sim{seed: seed, rng: rand.New(rand.NewPCG(seed, 0x5eed)), hash: 14695981039346656037}
+	s.ring = make([]simRecord, 0, 512)
+	s.drawSwarm()
+	n := s.swarm.nodes
+	s.links = make([]simLink, n*n)
+	for i := range n {
+		s.conf.members = append(s.conf.members, member{id: memberID(i + 1), name: NodeID(fmt.Sprint(i)), learner: i >= s.swarm.voters})
+	}
+	first := makeEntry(entryConfiguration, EntryID{1, 0}, time.Time{}, s.conf.encode())
+	s.book.init(s)
+	s.book.appended(s, 0, first, 0)
+	for i := range n {
+		s.nodes = append(s.nodes, newSimNode(s, i, first))
+	}
+	s.load.init(s)
+	return s
+}
+
+// logUniform draws between lo and hi so that each order of magnitude is as likely.
+func (s *sim) logUniform(lo, hi float64) float64 {
+	r := s.rng.Float64()
+	v := lo
+	for hi/v > 2 { // 2^k steps keep to exactly reproducible arithmetic
+		if r *= 2; r < 1 {
+			break
+		}
+		r--
+		v *= 2
+	}
+	return min(hi, v*(1+s.rng.Float64()))
+}
+
+func (s *sim) between(lo, hi int) int { return lo + s.rng.IntN(hi-lo+1) }
+
+func (s *sim) chance(p float64) bool { return p > 0 && s.rng.Float64() < p }
+
+// sometimes returns 0 for most seeds, so that each fault is absent from many.
+func (s *sim) sometimes(p, lo, hi float64) float64 {
+	if !s.chance(p) {
+		return 0
+	}
+	return s.logUniform(lo, hi)
+}
+
+func (s *sim) drawSwarm() {
+	w := &s.swarm
+	w.nodes = []int{1, 2, 3, 3, 3, 3, 4, 5, 5, 5, 6, 7}[s.rng.IntN(12)]
+	w.voters = w.nodes
+	if w.nodes > 2 && s.chance(0.25) {
+		w.voters -= s.between(1, (w.nodes-1)/2)
+	}
+	w.timeout = time.Duration(s.between(30, 400)) * time.Millisecond
+	t := float64(w.timeout)
+	w.ordered = s.chance(0.5)
+	w.delayMin = time.Duration(t * s.logUniform(0.0005, 0.01))
+	w.delayMean = time.Duration(t * s.logUniform(0.001, 0.1))
+	w.tailP = s.sometimes(0.6, 0.002, 0.2)
+	w.oldP = s.sometimes(0.5, 0.002, 0.2)
+	w.dropP = s.sometimes(0.6, 0.001, 0.2)
+	w.breakP = s.sometimes(0.4, 0.001, 0.05)
+	w.dupP = s.sometimes(0.5, 0.002, 0.3)
+	w.flushMean = time.Duration(t * s.logUniform(0.0005, 0.2))
+	w.flushTailP = s.sometimes(0.4, 0.001, 0.1)
+	w.flushFailP = s.sometimes(0.2, 0.0002, 0.01)
+	w.boundaryP = s.sometimes(0.6, 0.05, 1)
+	w.applyMean = time.Duration(t * s.logUniform(0.0005, 0.1))
+	w.readMean = time.Duration(t * s.logUniform(0.0005, 0.1))
+	w.nemesisEvery = time.Duration(t * s.logUniform(0.2, 8))
+	for f := range nemesisCount {
+		if s.chance(0.5) {
+			w.nemeses = append(w.nemeses, f)
+		}
+	}
+	if len(w.nemeses) == 0 {
+		w.nemeses = []int{s.rng.IntN(nemesisCount)}
+	}
+	w.clientEvery = time.Duration(t * s.logUniform(0.02, 1))
+	w.batchMax = s.between(1, 6)
+	w.dataMax = s.between(0, 300)
+	w.keys = s.between(1, simKeys)
+	w.rounds = s.between(1, 4)
+	w.roundTimeouts = s.between(10, 60)
+}
+
+// drawLimits differ from node to node, as they do during a rolling change.
+func (s *sim) drawLimits(uniform bool, base *limits) limits {
+	if uniform && base != nil {
+		return *base
+	}
+	t := s.swarm.timeout
+	l := limits{
+		electionTimeout:    t,
+		gatherBytes:        int(s.logUniform(1, 4096)),
+		maxFrameBytes:      int(s.logUniform(64, 8192)),
+		maxInflight:        s.between(2, 12),
+		maxInflightBytes:   int(s.logUniform(64, 65536)),
+		maxTailBytes:       int(s.logUniform(1, 65536)),
+		maxUncommittedSize: int(s.logUniform(1024, 65536)),
+	}
+	l.heartbeatInterval = t / time.Duration(s.between(3, 10))
+	l.checkQuorum = s.chance(0.8)
+	l.preVote = l.checkQuorum && s.chance(0.8)
+	return l
+}
+
+func (s *sim) push(e simEvent) {
+	s.seq++
+	e.seq = s.seq
+	s.heap = append(s.heap, e)
+	i := len(s.heap) - 1
+	for i > 0 {
+		p := (i - 1) / 2
+		if !earlier(&s.heap[i], &s.heap[p]) {
+			break
+		}
+		s.heap[i], s.heap[p] = s.heap[p], s.heap[i]
+		i = p
+	}
+}
+
+func earlier(a, b *simEvent) bool { return a.at < b.at || a.at == b.at && a.seq < b.seq }
+
+func (s *sim) pop() simEvent {
+	top := s.heap[0]
+	n := len(s.heap) - 1
+	s.heap[0] = s.heap[n]
+	s.heap[n] = simEvent{}
+	s.heap = s.heap[:n]
+	for i := 0; ; {
+		c := 2*i + 1
+		if c >= n {
+			break
+		}
+		if c+1 < n && earlier(&s.heap[c+1], &s.heap[c]) {
+			c++
+		}
+		if !earlier(&s.heap[c], &s.heap[i]) {
+			break
+		}
+		s.heap[i], s.heap[c] = s.heap[c], s.heap[i]
+		i = c
+	}
+	return top
+}
+
+func (s *sim) mix(v uint64) {
+	s.hash ^= v
+	s.hash *= 0x9e3779b97f4a7c15
+	s.hash ^= s.hash >> 29
+}
+
+func (s *sim) note(node int, format string, args ...any) {
+	s.record(simRecord{at: s.now, node: node, note: fmt.Sprintf(format, args...)})
+}
+
+func (s *sim) record(r simRecord) {
+	if *simTrace {
+		fmt.Fprintln(os.Stderr, r)
+	}
+	if len(s.ring) < cap(s.ring) {
+		s.ring = append(s.ring, r)
+		return
+	}
+	copy(s.ring, s.ring[cap(s.ring)/2:])
+	s.ring = append(s.ring[:cap(s.ring)-cap(s.ring)/2], r)
+}
+
+func (s *sim) lastEvents(n int) string {
+	var b strings.Builder
+	for _, r := range s.ring[max(0, len(s.ring)-n):] {
+		fmt.Fprintln(&b, r)
+	}
+	return b.String()
+}
+
+func (r simRecord) String() string {
+	who := "[SIM]"
+	if r.node >= 0 {
+		who = fmt.Sprintf("[%d]", r.node)
+	}
+	what := r.note
+	switch {
+	case r.msg != nil:
+		what = simEventNames[r.kind] + " " + r.msg.String()
+	case r.ev.Kind != 0:
+		what = r.ev.String()
+	case what == "":
+		what = simEventNames[r.kind]
+	}
+	return fmt.Sprintf("%12v %s %s", r.at, who, what)
+}
+
+// start lets the nodes, the clients and the first round of faults begin.
+func (s *sim) start() {
+	for _, n := range s.nodes {
+		s.boot(n)
+	}
+	s.core = make([]bool, len(s.nodes))
+	s.push(simEvent{at: s.swarm.clientEvery, kind: evClient})
+	s.beginFaults()
+}
+
+func (s *sim) beginFaults() {
+	s.faulty = true
+	s.round++
+	for _, n := range s.nodes {
+		if n.core == nil && !n.restarting {
+			s.restartAfter(n, time.Duration(s.rng.Int64N(int64(s.swarm.timeout))))
+		}
+	}
+	s.push(simEvent{at: s.now + time.Duration(s.rng.Int64N(int64(s.swarm.nemesisEvery)+1)), kind: evNemesis, epoch: uint32(s.round)})
+	s.push(simEvent{at: s.now + time.Duration(s.swarm.roundTimeouts)*s.swarm.timeout, kind: evPhase})
+	s.note(-1, "round %d of faults begins", s.round)
+}
+
+// handle makes one event happen. Events of a paused node wait for it.
+func (s *sim) handle(e simEvent) {
+	s.mix(uint64(e.at))
+	s.mix(uint64(e.kind)<<8 | uint64(e.node))
+	switch e.kind {
+	case evClient:
+		s.load.arrive(s)
+		return
+	case evNemesis:
+		if s.faulty && e.epoch == uint32(s.round) {
+			s.nemesis()
+		}
+		return
+	case evPhase:
+		s.phase()
+		return
+	case evResume:
+		if n := s.nodes[e.node]; n.pausedUntil <= s.now {
+			s.resume(n)
+		}
+		return
+	case evRestart:
+		if n := s.nodes[e.node]; e.lsn == n.restartSeq {
+			s.crash(n)
+			s.boot(n)
+		}
+		return
+	}
+	n := s.nodes[e.node]
+	if e.msg != nil && e.epoch != s.netEpoch && e.kind != evForwardTimeout {
+		return
+	}
+	if n.core == nil || e.run != 0 && e.run != n.run {
+		return
+	}
+	if n.pausedUntil > s.now {
+		n.deferred = append(n.deferred, e)
+		return
+	}
+	if e.kind == evRequest || e.kind == evReply || e.kind == evAppendFailed || e.kind == evFlushed {
+		s.record(simRecord{at: s.now, node: e.node, kind: e.kind, msg: e.msg})
+	}
+	s.onNode(n, e)
+	if n.core != nil {
+		s.mix(uint64(n.core.currentTerm)<<32 ^ uint64(n.core.commitIndex)<<16 ^ uint64(n.core.log.last)<<3 ^ uint64(n.core.role))
+		s.armCrash(n)
+	}
+}
+
+// resume lets everything happen that waited for a paused node.
+func (s *sim) resume(n *simNode) {
+	n.pausedUntil = 0
+	waiting := n.deferred
+	n.deferred = nil
+	for _, e := range waiting {
+		e.at = s.now
+		s.push(e)
+	}
+}
+
+// simSummary adds up many runs.
+type simSummary struct {
+	seeds, steps, elections int
+	answered, unknown       int
+	committed               Index
+	simulated, wall         time.Duration
+	heals                   []float64
+}
+
+func (t *simSummary) add(r simResult) {
+	t.seeds++
+	t.steps += r.steps
+	t.elections += r.elections
+	t.answered += r.ok
+	t.unknown += r.lost
+	t.committed += r.committed
+	t.simulated += r.simulated
+	t.heals = append(t.heals, r.healTimes...)
+}
+
+func (t *simSummary) String() string {
+	slices.Sort(t.heals)
+	at := func(p float64) float64 {
+		if len(t.heals) == 0 {
+			return 0
+		}
+		return t.heals[int(p*float64(len(t.heals)-1))]
+	}
+	return fmt.Sprintf("%d seeds, %d steps in %v (%.0f/s), %v simulated (%.0f times real time), %d committed, %d elections, %d answered, %d unknown; %d times healed: p50 %.2f p99 %.2f max %.2f election timeouts",
+		t.seeds, t.steps, t.wall.Round(time.Millisecond), float64(t.steps)/t.wall.Seconds(), t.simulated.Round(time.Second), t.simulated.Seconds()/t.wall.Seconds(),
+		t.committed, t.elections, t.answered, t.unknown, len(t.heals), at(0.5), at(0.99), at(1))
+}
+
+// TestSim runs fresh seeds, or the one of -sim.seed.
+func TestSim(t *testing.T) {
+	if *simSeed != 0 {
+		started := time.Now()
+		res := runSim(*simSeed)
+		reportSim(t, *simSeed, res)
+		t.Logf("seed %d: hash %016x, %d steps in %v, %v simulated, %d committed, %d elections, %d answered, %d unknown, healed in %.2f timeouts",
+			*simSeed, res.hash, res.steps, time.Since(started), res.simulated, res.committed, res.elections, res.ok, res.lost, res.healTimes)
+		return
+	}
+	base := *simBase
+	if base == 0 {
+		base = uint64(time.Now().UnixNano()) // the wall clock chooses the seeds only
+	}
+	t.Logf("fresh seeds from -sim.base=%d", base)
+	sum := runSeeds(t, base, *simSeeds, *simDuration)
+	t.Log(sum)
+	if sum.seeds >= 20 && (sum.committed == 0 || sum.answered == 0 || len(sum.heals) == 0) {
+		t.Errorf("the simulation did nothing: %v", sum)
+	}
+}
+
+// runSeeds runs n seeds, or for d if that is positive, and reports the failures.
+func runSeeds(t *testing.T, base uint64, n int, d time.Duration) *simSummary {
+	sum := &simSummary{}
+	started := time.Now()
+	for i := 0; (d > 0 && time.Since(started) < d) || (d <= 0 && i < n); i++ {
+		seed := base + uint64(i)
+		res := runSim(seed)
+		sum.add(res)
+		if h := slices.Max(append(res.healTimes, 0)); h > 6 {
+			t.Logf("seed %d took %.2f election timeouts to heal", seed, h)
+		}
+		reportSim(t, seed, res)
+		if t.Failed() {
+			break
+		}
+	}
+	sum.wall = time.Since(started)
+	return sum
+}
+
+func reportSim(t *testing.T, seed uint64, res simResult) {
+	t.Helper()
+	if res.err != nil {
+		t.Errorf("seed %d: %v\nthe last events:\n%s\nreplay: go test -run 'TestSim$' -sim.seed=%d -v", seed, res.err, res.tail, seed)
+	}
+}
+
+// TestSimReplays runs seeds twice: a simulation that does not repeat itself
+// can't be debugged.
+func TestSimReplays(t *testing.T) {
+	for seed := uint64(1); seed <= 8; seed++ {
+		a, b := runSim(seed), runSim(seed)
+		reportSim(t, seed, a)
+		if a.hash != b.hash || a.steps != b.steps {
+			t.Errorf("seed %d: hash %016x after %d steps, then %016x after %d", seed, a.hash, a.steps, b.hash, b.steps)
+		}
+	}
+}
