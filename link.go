@@ -123,6 +123,7 @@ func (l *link) run() {
 			}
 			idle.Reset(linkIdleTimeout)
 		case <-s.cm.done:
+			o.abandon()
 			return
 		}
 	}
@@ -210,6 +211,22 @@ func (o *linkOwner) disconnect() {
 	o.client.Close()
 	o.server.forget(o.conn)
 	o.client, o.conn = nil, nil
+}
+
+// abandon settles what is left when the node stops: forwarded proposals
+// without an answer may have been appended, queued ones were not. Nothing is
+// queued any more: the module takes no proposals once it is dead.
+func (o *linkOwner) abandon() {
+	o.disconnect()
+	for o.outstanding > 0 {
+		o.answered(<-o.answers)
+	}
+	o.out = o.take(o.out)
+	for _, out := range o.out {
+		for _, p := range out.batch.proposals {
+			p.finish(ErrStopped)
+		}
+	}
 }
 
 // answered steps everything that has been answered, under one lock.
@@ -369,6 +386,7 @@ func (s *Server) forward(to memberID, b proposalBatch) {
 		s.forwards[to]++
 		return
 	}
+	s.cm.core.notLeading(to) // its link is stuck: wait to hear from it
 	s.putBack(b)
 	s.cm.pending.forwardEnds()
 }

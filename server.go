@@ -335,8 +335,8 @@ func (s *Server) Status() Status {
 		First: c.log.start.Index + 1, Last: c.log.last, Durable: c.durableIndex,
 		Commit: c.commitIndex, Applied: cm.pending.applied, Err: c.failure,
 	}
-	if st.Err == nil && cm.pending.stopped != nil && c.role != Dead {
-		st.Err = errors.Unwrap(cm.pending.stopped)
+	if st.Err == nil && cm.pending.stopped != nil {
+		st.Err = errors.Unwrap(cm.pending.stopped) // ErrStopped, or an *ApplyError
 	}
 	for _, m := range c.configuration.members {
 		st.Members = append(st.Members, Member{ID: m.name, Addr: m.addr, Learner: m.learner})
