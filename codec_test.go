@@ -676,7 +676,9 @@ func TestSlowFramesAreCutOff(t *testing.T) {
 		limits := testLimits()
 		limits.idleTimeout, limits.frameTimeout = time.Minute, 3*time.Second
 		began := time.Now()
+		trickled := make(chan struct{})
 		go func() {
+			defer close(trickled)
 			time.Sleep(50 * time.Second) // idle, but not for too long
 			for _, b := range rawFrame(nil, voteBody()) {
 				if _, err := conn.Write([]byte{b}); err != nil {
@@ -693,6 +695,7 @@ func TestSlowFramesAreCutOff(t *testing.T) {
 		if took := time.Since(began); took != 53*time.Second {
 			t.Errorf("it took %v", took)
 		}
+		<-trickled
 	})
 }
 
@@ -704,13 +707,12 @@ func TestSilentConnectionsAreCutOff(t *testing.T) {
 		limits.idleTimeout = time.Minute
 		began := time.Now()
 		go io.Copy(io.Discard, conn)
-		go func() {
-			for range 3 {
-				conn.Write(rawFrame(nil, voteBody()))
-				time.Sleep(59 * time.Second)
-			}
-		}()
 		_, ended := startServer(t, &wireService{}, peer, limits)
+		for range 2 {
+			conn.Write(rawFrame(nil, voteBody()))
+			time.Sleep(59 * time.Second)
+		}
+		conn.Write(rawFrame(nil, voteBody()))
 		err := ended()
 		if !errors.Is(err, os.ErrDeadlineExceeded) || !strings.Contains(err.Error(), "nothing came for 1m0s") {
 			t.Errorf("ended with %v", err)

@@ -296,7 +296,9 @@ func TestAcceptorRefusesBadInput(t *testing.T) {
 func TestHandshakeDeadline(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		conn, peer := net.Pipe()
+		trickled := make(chan struct{})
 		go func() {
+			defer close(trickled)
 			h := nodeA.hello("b", channelControl)
 			for _, b := range encodeGreeting(greetHello, h.encode(nil)) {
 				time.Sleep(time.Second)
@@ -311,6 +313,7 @@ func TestHandshakeDeadline(t *testing.T) {
 		if !errors.Is(err, os.ErrDeadlineExceeded) || !strings.Contains(err.Error(), "was not done after 5s") || time.Since(began) != 5*time.Second {
 			t.Errorf("acceptor: %v after %v", err, time.Since(began))
 		}
+		<-trickled
 		silent, _ := net.Pipe()
 		began = time.Now()
 		_, err = dialHandshake(silent, nodeA.hello("b", channelControl), 5*time.Second)
