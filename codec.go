@@ -291,19 +291,20 @@ func (w *frameWriter) init(conn net.Conn, version byte, limits *codecLimits) {
 	_, w.byRef = conn.(*net.TCPConn)
 }
 
-// frame encodes one frame: its fixed part by encode, then tail, which must not
-// change any more.
-func (w *frameWriter) frame(kind frameKind, method methodID, seq uint64, b wireBody, tail []Entries) error {
+// frame collects one frame: what b encodes, then the entries of an append or
+// of a forward, which must not change before they are flushed.
+func (w *frameWriter) frame(kind frameKind, seq uint64, b wireBody, sealed []Entries, unsealed []byte) error {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if w.err != nil {
 		return w.err
 	}
-	start, firstRef := w.open(kind, method, seq)
+	start, firstRef := w.open(kind, b.method(), seq)
 	w.buf = b.encode(w.buf)
-	for i := range tail {
-		w.piece(tail[i].Encoded())
+	for i := range sealed {
+		w.piece(sealed[i].Encoded())
 	}
+	w.piece(unsealed)
 	w.seal(start, firstRef)
 	return nil
 }
@@ -546,7 +547,7 @@ func (c *serverCodec) WriteResponse(resp *rpc.Response, body any) error {
 // once.
 func (c *serverCodec) WriteDeferred(seq uint64, reply wireBody) error {
 	c.inflight.Add(-1)
-	return c.out.frame(frameReply, reply.method(), seq, reply, nil)
+	return c.out.frame(frameReply, seq, reply, nil, nil)
 }
 
 // FlushReplies writes all replies collected, with one system call. It waits at
@@ -591,15 +592,16 @@ func newClientCodec(conn net.Conn, version byte, limits codecLimits) *clientCode
 // that nothing of the request was, or ever will be, sent.
 func (c *clientCodec) WriteRequest(req *rpc.Request, args any) error {
 	var v wireBody
-	var tail []Entries
+	var sealed []Entries
+	var unsealed []byte
 	size := 0
 	switch a := args.(type) {
 	case *call[voteArgs]:
 		v = &a.V
 	case *call[appendArgs]:
-		v, tail, size = &a.V, a.V.Entries, appendArgsBytes+a.V.size()
+		v, sealed, size = &a.V, a.V.Entries, appendArgsBytes+a.V.size()
 	case *call[forwardArgs]:
-		v, size = &a.V, forwardArgsBytes+len(a.V.Encoded)
+		v, unsealed, size = &a.V, a.V.Encoded, forwardArgsBytes+len(a.V.Encoded)
 	case nil: // rpcClient's sentinel: it is never sent
 		return nil
 	default:
@@ -608,7 +610,7 @@ func (c *clientCodec) WriteRequest(req *rpc.Request, args any) error {
 	if size > c.limits.maxBody {
 		return fmt.Errorf("raft: a request of %d bytes is over the frame limit of %d", size, c.limits.maxBody)
 	}
-	return c.out.frame(frameRequest, v.method(), req.Seq, v, tail)
+	return c.out.frame(frameRequest, req.Seq, v, sealed, unsealed)
 }
 
 // ReadResponseHeader reads one whole frame. net/rpc does not close the codec
@@ -624,7 +626,7 @@ func (c *clientCodec) ReadResponseHeader(resp *rpc.Response) error {
 	if h.kind == frameError {
 		resp.Error = "peer gave no reason"
 		if len(body) > 0 {
-			resp.Error = string(body)
+			resp.Error = printable(string(body))
 		}
 	}
 	return nil
@@ -665,11 +667,10 @@ type rpcClient struct {
 	sentinel *rpc.Call
 }
 
-// newRPCClient starts the client of a connection whose handshake is done. It
-// owns conn, and one goroutine of net/rpc's until Close returns.
-func newRPCClient(conn net.Conn, version byte, limits codecLimits) *rpcClient {
-	c := &rpcClient{codec: newClientCodec(conn, version, limits)}
-	c.client = rpc.NewClientWithCodec(c.codec)
+// newRPCClient starts a client. It owns the codec's connection, and one
+// goroutine of net/rpc's until Close returns.
+func newRPCClient(codec *clientCodec) *rpcClient {
+	c := &rpcClient{codec: codec, client: rpc.NewClientWithCodec(codec)}
 	// The first call gets number 0. The codec does not send it and refuses
 	// frames with that number, so it stays pending until the client ends.
 	c.sentinel = c.client.Go("", nil, nil, make(chan *rpc.Call, 1))
@@ -721,8 +722,8 @@ func (c *rpcClient) Close() error {
 	return nil
 }
 
-// wireBody is the body of a frame. decode accepts exactly what encode writes;
-// encode leaves out the entries of an AppendEntries, which frame adds.
+// wireBody is the body of a frame. decode accepts exactly what encode writes
+// and frame adds: encode leaves out the entries of appends and forwards.
 type wireBody interface {
 	method() methodID
 	encode(b []byte) []byte
@@ -815,8 +816,7 @@ func (v *appendReply) decode(b []byte) error {
 
 func (a *forwardArgs) encode(b []byte) []byte {
 	b = appendUint64s(b, uint64(a.From))
-	b = binary.LittleEndian.AppendUint32(b, uint32(a.Count))
-	return append(b, a.Encoded...)
+	return binary.LittleEndian.AppendUint32(b, uint32(a.Count))
 }
 
 // decode keeps b. It checks that the entries are as many as announced;

@@ -15,7 +15,7 @@ import (
 // to hold the same first entry (docs/WIRE.md, "Formation"). This file is the
 // logic and the messages; who dials whom is the server's business.
 
-const maxFounders = 1024
+const maxFounders = 64 // Config.Validate has the same limit
 
 // FormationReason says why a node can't found or join its cluster.
 type FormationReason byte
@@ -68,16 +68,17 @@ type formAnswer struct {
 	Entry1      []byte   // encoded
 }
 
-func (a *formAnswer) formed() bool { return a.Entry1 != nil }
+func (a formAnswer) formed() bool { return a.Entry1 != nil }
 
 // formation is a founder on its way to entry 1. It has no lock and no clock.
 type formation struct {
 	cluster string
 	self    NodeID
-	list    []Member   // sorted by ID
-	dirs    [][16]byte // of the founders at the same positions
-	heardOf []bool     // whose directory ID is known
-	entry   Entries    // entry 1 once it is decided
+	list    []Member      // sorted by ID
+	dirs    [][16]byte    // of the founders at the same positions
+	heardOf []bool        // whose directory ID is known
+	conf    configuration // what entry 1 holds, once it is decided
+	entry   Entries
 	durable bool
 }
 
@@ -122,6 +123,11 @@ func (f *formation) done() bool { return f.entry.Len() == 1 }
 // entry1 returns the decided first entry: what every founder has.
 func (f *formation) entry1() Entries { return f.entry }
 
+// configuration returns what entry 1 holds, and this node's number in it.
+func (f *formation) configuration() (configuration, memberID) {
+	return f.conf, f.conf.byName(f.self).id
+}
+
 // saved notes that entry 1 is durable here. Before that nobody is told of it.
 func (f *formation) saved() { f.durable = true }
 
@@ -155,7 +161,8 @@ func (f *formation) answer() formAnswer {
 // it was not counted, and its connection should be closed.
 func (f *formation) heard(from NodeID, a formAnswer) (done bool, err error) {
 	if a.formed() {
-		return f.done(), f.heardFormed(from, a)
+		err = f.heardFormed(from, a)
+		return f.done() && err == nil, err
 	}
 	if f.done() {
 		return true, nil // it will learn from this node's answer what was decided
@@ -198,7 +205,7 @@ func (f *formation) heardFormed(from NodeID, a formAnswer) error {
 		return &FormationError{Reason: FormationOtherDirectory, Peer: from, Text: fmt.Sprintf(
 			"the cluster knows %s with data directory %x and this one is %x, so its data was lost or the directory is another one; restore its own directory, or add the node under a new ID with an empty Bootstrap and remove %s", f.self, me.dirID, mine, f.self)}
 	}
-	f.entry = entry
+	f.conf, f.entry = conf, entry
 	return nil
 }
 
@@ -217,6 +224,7 @@ func (f *formation) decide() {
 		conf.members = append(conf.members, member{id: memberID(i + 1), name: m.ID, addr: m.Addr, learner: m.Learner, dirID: f.dirs[i]})
 	}
 	conf.clusterUUID = clusterUUID(f.cluster, conf.members)
+	f.conf = conf
 	f.entry = makeEntry(entryConfiguration, EntryID{Index: 1}, time.Time{}, conf.encode())
 }
 
@@ -281,7 +289,7 @@ func describeMembers(list []Member) string {
 	return strings.Join(s, ", ")
 }
 
-func (a *formAnswer) encode(b []byte) []byte {
+func (a formAnswer) encode(b []byte) []byte {
 	b = append(append(b, flag(a.formed(), 1)), a.DirectoryID[:]...)
 	if a.formed() {
 		return append(b, a.Entry1...)
@@ -321,7 +329,7 @@ func decodeFormAnswer(b []byte) (a formAnswer, err error) {
 // the other does. The handshake on the formation channel must be done.
 func dialFormation(conn net.Conn, mine formAnswer, timeout time.Duration) (formAnswer, error) {
 	conn.SetDeadline(time.Now().Add(timeout)) // an error here comes back from the write
-	if err := sendFormAnswer(conn, greetForm, &mine); err != nil {
+	if err := sendFormAnswer(conn, greetForm, mine); err != nil {
 		return formAnswer{}, formFailure(conn, err)
 	}
 	a, err := readFormAnswer(conn, greetFormBack)
@@ -344,13 +352,13 @@ func acceptFormation(conn net.Conn, answer func(formAnswer) (formAnswer, error),
 	if err != nil {
 		return err
 	}
-	if err := sendFormAnswer(conn, greetFormBack, &mine); err != nil {
+	if err := sendFormAnswer(conn, greetFormBack, mine); err != nil {
 		return formFailure(conn, err)
 	}
 	return nil
 }
 
-func sendFormAnswer(conn net.Conn, kind greetingKind, a *formAnswer) error {
+func sendFormAnswer(conn net.Conn, kind greetingKind, a formAnswer) error {
 	b := encodeGreeting(kind, a.encode(nil))
 	if len(b) > maxFormationBytes {
 		return fmt.Errorf("a list of %d bytes is over the limit of %d; shorten the IDs and addresses", len(b), maxFormationBytes)

@@ -3,6 +3,6 @@ module example.com/raft
 go 1.26
 
 require (
-	github.com/fortytw2/leaktest v1.3.0 // indirect
-	pgregory.net/rapid v1.3.0 // indirect
+	github.com/fortytw2/leaktest v1.3.0
+	pgregory.net/rapid v1.3.0
 )

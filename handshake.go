@@ -8,7 +8,9 @@ import (
 	"hash/crc32"
 	"io"
 	"net"
+	"strings"
 	"time"
+	"unicode"
 )
 
 // The handshake decides who may talk, before any Raft byte is read
@@ -49,8 +51,8 @@ func (k greetingKind) String() string {
 const (
 	greetingMagic       = "RAFW"
 	greetingHeaderBytes = 16
-	maxHandshakeBytes   = 4 << 10 // of a whole hello, welcome or refusal
-	maxFormationBytes   = 1 << 20 // of a whole formation greeting
+	maxHandshakeBytes   = 4 << 10  // of a whole hello, welcome or refusal
+	maxFormationBytes   = 64 << 10 // of a whole formation greeting
 	maxRefusalText      = 1024
 )
 
@@ -121,15 +123,15 @@ const (
 	roleClient peerRole = 2 // an operator's tool
 )
 
-type channelID byte
+type channel byte
 
 const (
-	channelControl   channelID = 1
-	channelAppend    channelID = 2
-	channelFormation channelID = 3
+	channelControl   channel = 1
+	channelAppend    channel = 2
+	channelFormation channel = 3
 )
 
-func (c channelID) String() string {
+func (c channel) String() string {
 	switch c {
 	case channelControl:
 		return "control"
@@ -145,7 +147,7 @@ func (c channelID) String() string {
 type hello struct {
 	MinVersion, MaxVersion byte // set by dialHandshake
 	Role                   peerRole
-	Channel                channelID
+	Channel                channel
 	Nonce                  uint64 // random, of this run of the dialler
 	DirectoryID            [16]byte
 	ClusterUUID            [16]byte // zero while unformed
@@ -176,7 +178,7 @@ func (h *hello) encode(b []byte) []byte {
 func decodeHello(b []byte) (h hello, err error) {
 	r := reader{b: b}
 	h.MinVersion, h.MaxVersion = r.byte(), r.byte()
-	h.Role, h.Channel = peerRole(r.byte()), channelID(r.byte())
+	h.Role, h.Channel = peerRole(r.byte()), channel(r.byte())
 	h.Nonce = r.uint64()
 	copy(h.DirectoryID[:], r.bytes(16))
 	copy(h.ClusterUUID[:], r.bytes(16))
@@ -201,8 +203,19 @@ func (f *refusal) encode(b []byte) []byte {
 
 func decodeRefusal(b []byte) (f refusal, err error) {
 	r := reader{b: b}
-	f.Reason, f.Text = HandshakeReason(r.byte()), r.string()
+	f.Reason, f.Text = HandshakeReason(r.byte()), printable(r.string())
 	return f, r.err
+}
+
+// printable makes text that a peer chose fit for a log: one line, no control
+// characters.
+func printable(s string) string {
+	return strings.Map(func(r rune) rune {
+		if !unicode.IsPrint(r) {
+			return '?'
+		}
+		return r
+	}, strings.ToValidUTF8(s, "?"))
 }
 
 // encodeGreeting wraps a body into its envelope.
@@ -323,7 +336,7 @@ func introduce(conn net.Conn, h *hello) (welcome, error) {
 func handshakeFailure(conn net.Conn, peer NodeID, timeout time.Duration, err error) error {
 	name := conn.RemoteAddr().String()
 	if peer != "" {
-		name = fmt.Sprintf("%s (%s)", peer, name)
+		name = fmt.Sprintf("%q (%s)", peer, name)
 	}
 	var p *greetingProblem
 	var h *HandshakeError
@@ -376,7 +389,7 @@ func receive(conn net.Conn, decide func(hello) (welcome, *refusal)) (hello, welc
 	var no *refusal
 	if version < h.MinVersion || version < minWireVersion {
 		no = &refusal{HandshakeNoCommonVersion, fmt.Sprintf(
-			"%s speaks wire versions %d to %d, this node %d to %d; upgrade one release at a time",
+			"%q speaks wire versions %d to %d, this node %d to %d; upgrade one release at a time",
 			h.From, h.MinVersion, h.MaxVersion, minWireVersion, maxWireVersion)}
 	} else {
 		w, no = decide(h)
@@ -405,7 +418,7 @@ type identity struct {
 }
 
 // hello introduces this node to another on a channel.
-func (me *identity) hello(to NodeID, channel channelID) hello {
+func (me *identity) hello(to NodeID, channel channel) hello {
 	return hello{
 		Role: rolePeer, Channel: channel, Nonce: me.Nonce, DirectoryID: me.DirectoryID,
 		ClusterUUID: me.ClusterUUID, Cluster: me.Cluster, From: me.Node, To: to,
@@ -428,7 +441,7 @@ func (me *identity) check(h hello, known [16]byte) *refusal {
 	zero := [16]byte{}
 	switch {
 	case h.Cluster != me.Cluster:
-		return no(HandshakeOtherCluster, "it is for cluster %q, this node (%s) belongs to %q; check ClusterID and the addresses on both", h.Cluster, me.Node, me.Cluster)
+		return no(HandshakeOtherCluster, "it is for cluster %q, this node (%q) belongs to %q; check ClusterID and the addresses on both", h.Cluster, me.Node, me.Cluster)
 	case h.To != me.Node && !(h.To == "" && h.Role == roleClient):
 		return no(HandshakeOtherNode, "it is for node %q, this is %q; check the addresses in Bootstrap or in the membership", h.To, me.Node)
 	case h.Role == roleClient:
@@ -440,11 +453,11 @@ func (me *identity) check(h hello, known [16]byte) *refusal {
 	case h.From == "":
 		return no(HandshakeMalformed, "a node must give its ID")
 	case h.ClusterUUID != zero && me.ClusterUUID != zero && h.ClusterUUID != me.ClusterUUID:
-		return no(HandshakeOtherCluster, "%s and %s formed different clusters that are both called %q; wipe the data directory of the one that is to join the other, and add it with AddVoter", h.From, me.Node, me.Cluster)
+		return no(HandshakeOtherCluster, "%q and %q formed different clusters that are both called %q; wipe the data directory of the one that is to join the other, and add it with AddVoter", h.From, me.Node, me.Cluster)
 	case h.From == me.Node:
 		return no(HandshakeOtherDirectory, "it calls itself %q as this node does; give each node an ID of its own, and stop copies of a node", h.From)
 	case known != zero && known != h.DirectoryID:
-		return no(HandshakeOtherDirectory, "%s is known with data directory %x and came with %x; restore its own directory, or add it under a new ID and remove the old one", h.From, known, h.DirectoryID)
+		return no(HandshakeOtherDirectory, "%q is known with data directory %x and came with %x; restore its own directory, or add it under a new ID and remove the old one", h.From, known, h.DirectoryID)
 	}
 	return nil
 }
@@ -456,5 +469,5 @@ func (me *identity) checkWelcome(peer NodeID, w welcome, known [16]byte) *Handsh
 		return nil
 	}
 	return &HandshakeError{Reason: HandshakeOtherDirectory, Peer: string(peer), Text: fmt.Sprintf(
-		"%s is known with data directory %x and answers with %x; restore its own directory, or add it under a new ID and remove the old one", peer, known, w.DirectoryID)}
+		"%q is known with data directory %x and answers with %x; restore its own directory, or add it under a new ID and remove the old one", peer, known, w.DirectoryID)}
 }
