@@ -38,7 +38,7 @@ type core struct {
 	// Volatile state on leaders.
 	progress        []*progress // of every other member, by ascending ID
 	appendSeq       uint64
-	firstOfTerm     Index     // the no-op that this leader appended at its election
+	firstOfTerm     Index // the no-op that this leader appended at its election
 	matchesScratch  []Index
 	contactsScratch []time.Time
 

@@ -54,7 +54,7 @@ func (l *simClients) arrive(s *sim) {
 	if !s.faulty {
 		return // the check after healing waits for logs to become equal
 	}
-	if s.lag() > 300 {
+	if s.lag() > w.lagMax {
 		return // or catching up would take longer than the ten timeouts, at one entry a round trip
 	}
 	n := s.nodes[s.rng.IntN(len(s.nodes))]

@@ -124,6 +124,7 @@ func (s *sim) end(n *simNode) {
 		return
 	}
 	for _, to := range out.hangups {
+		s.hangups++
 		s.breakLink(n.i, int(to)-1)
 	}
 	for _, q := range out.reads {
@@ -257,6 +258,9 @@ func (s *sim) onReply(n *simNode, m *simMsg) {
 	case callVote:
 		s.begin(n).onVoteReply(from, call.vote, m.voteReply)
 	case callAppend:
+		if !m.appendReply.Success && m.appendReply.Term == call.append.Term {
+			s.refused++
+		}
 		// A broken connection brings no answer any more.
 		if call.settled && call.link != s.link(call.from, call.to).conn {
 			return
@@ -264,6 +268,9 @@ func (s *sim) onReply(n *simNode, m *simMsg) {
 		call.settled = true
 		s.begin(n).onAppendReply(from, call.append, m.appendReply)
 	case callHeartbeat:
+		if !m.appendReply.Success && m.appendReply.Term == call.append.Term {
+			s.refused++
+		}
 		s.begin(n).onAppendReply(from, call.append, m.appendReply)
 	case callForward:
 		s.load.forwardEnds(s, n, call, m.forwardReply)

@@ -86,6 +86,7 @@ type simSwarm struct {
 	batchMax      int
 	dataMax       int
 	keys          int
+	lagMax        Index // clients pause while a node is this far behind
 	rounds        int
 	roundTimeouts int // length of a round of faults in election timeouts
 }
@@ -108,12 +109,13 @@ type sim struct {
 	core         []bool // the nodes that were healed
 	healTimes    []float64
 
-	book  ledger
-	load  simClients
-	steps int
-	hash  uint64
-	ring  []simRecord
-	done  bool
+	book             ledger
+	load             simClients
+	steps            int
+	refused, hangups int // appends refused by followers of the same term, connections given up
+	hash             uint64
+	ring             []simRecord
+	done             bool
 }
 
 type simRecord struct {
@@ -179,8 +181,14 @@ func newSim(seed uint64) *sim {
 	s := &sim{seed: seed, rng: rand.New(rand.NewPCG(seed, 0x5eed)), hash: 14695981039346656037}
 	s.ring = make([]simRecord, 0, 512)
 	s.drawSwarm()
+	s.links = make([]simLink, s.swarm.nodes*s.swarm.nodes)
+	s.build()
+	return s
+}
+
+// build makes the nodes that the swarm asks for.
+func (s *sim) build() {
 	n := s.swarm.nodes
-	s.links = make([]simLink, n*n)
 	for i := range n {
 		s.conf.members = append(s.conf.members, member{id: memberID(i + 1), name: NodeID(fmt.Sprint(i)), learner: i >= s.swarm.voters})
 	}
@@ -191,7 +199,6 @@ func newSim(seed uint64) *sim {
 		s.nodes = append(s.nodes, newSimNode(s, i, first))
 	}
 	s.load.init(s)
-	return s
 }
 
 // logUniform draws between lo and hi so that each order of magnitude is as likely.
@@ -255,6 +262,7 @@ func (s *sim) drawSwarm() {
 	w.clientEvery = time.Duration(t * s.logUniform(0.02, 1))
 	w.batchMax = s.between(1, 6)
 	w.dataMax = s.between(0, 300)
+	w.lagMax = 300
 	w.keys = s.between(1, simKeys)
 	w.rounds = s.between(1, 4)
 	w.roundTimeouts = s.between(10, 60)
