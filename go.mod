@@ -2,7 +2,4 @@ module example.com/raft
 
 go 1.26
 
-require (
-	github.com/fortytw2/leaktest v1.3.0 // indirect
-	pgregory.net/rapid v1.3.0 // indirect
-)
+require github.com/fortytw2/leaktest v1.3.0
