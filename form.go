@@ -25,7 +25,7 @@ func (s *Server) me() identity {
 }
 
 // dial opens a connection to a member for a channel, handshake included.
-func (s *Server) dial(to memberID, ch channelID) (net.Conn, *rpcClient, error) {
+func (s *Server) dial(to memberID, ch channel) (net.Conn, *rpcClient, error) {
 	s.cm.mu.Lock()
 	me := s.me()
 	var m member
@@ -41,13 +41,12 @@ func (s *Server) dial(to memberID, ch channelID) (net.Conn, *rpcClient, error) {
 		s.report(m.name, "dialling", err)
 		return nil, nil, err
 	}
-	if m.dirID != ([16]byte{}) && w.DirectoryID != m.dirID {
+	if err := me.checkWelcome(m.name, w, m.dirID); err != nil {
 		s.forget(raw)
-		err := &HandshakeError{Reason: HandshakeOtherDirectory, Peer: string(m.name), Text: "it answers with another data directory than the one the cluster knows"}
 		s.report(m.name, "dialling", err)
 		return nil, nil, err
 	}
-	return raw, newRPCClient(conn, w.Version, s.codecLimits(ch)), nil
+	return raw, newRPCClient(newClientCodec(conn, w.Version, s.codecLimits(ch))), nil
 }
 
 var errNoMember = errors.New("raft: no such member")
@@ -115,7 +114,7 @@ func (s *Server) accept(conn net.Conn) (hello, welcome, error) {
 	}, handshakeTimeout)
 }
 
-func (s *Server) codecLimits(ch channelID) codecLimits {
+func (s *Server) codecLimits(ch channel) codecLimits {
 	l := codecLimits{
 		maxBody:      s.conf.MaxFrameBytes + s.conf.MaxCommandBytes + entryHeaderBytes + 4096,
 		maxInflight:  max(2*s.conf.MaxInflightAppends, linkWindow) + 1,
@@ -244,13 +243,9 @@ func (s *Server) heardFounder(id NodeID, a formAnswer) error {
 // then others are told of it.
 func (s *Server) formed() {
 	s.cm.mu.Lock()
+	conf, self := s.formation.configuration()
 	entry1 := s.formation.entry1()
-	conf, err := decodeConfiguration(entry1.data(0))
-	if err != nil {
-		s.cm.transition(func(c *core) { c.die(err) })
-	} else {
-		s.cm.transition(func(c *core) { c.form(conf.byName(s.conf.ID).id, entry1, conf) })
-	}
+	s.cm.transition(func(c *core) { c.form(self, entry1, conf) })
 	s.cm.unlock()
 	if s.cm.flush() != nil {
 		return

@@ -15,7 +15,7 @@ import (
 type link struct {
 	server  *Server
 	to      memberID
-	channel channelID
+	channel channel
 	window  int // unanswered calls at once, and the capacity of answers
 
 	mu      sync.Mutex
@@ -40,7 +40,7 @@ const (
 	linkIdleTimeout = 10 * time.Second
 )
 
-func newLink(s *Server, to memberID, ch channelID) *link {
+func newLink(s *Server, to memberID, ch channel) *link {
 	window := linkWindow
 	if ch == channelAppend {
 		window = 2 * s.conf.MaxInflightAppends
@@ -393,11 +393,11 @@ func (s *Server) forward(to memberID, b proposalBatch) {
 
 type linkKey struct {
 	to      memberID
-	channel channelID
+	channel channel
 }
 
 // link returns the link to a member, nil if it is none.
-func (s *Server) link(to memberID, ch channelID) *link {
+func (s *Server) link(to memberID, ch channel) *link {
 	k := linkKey{to, ch}
 	l := s.links[k]
 	if l == nil && s.cm.core.configuration.has(to) {

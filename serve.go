@@ -109,7 +109,7 @@ func peerName(h hello, conn net.Conn) NodeID {
 // servedKey: a peer has one connection per channel. A new one replaces the old.
 type servedKey struct {
 	from    NodeID
-	channel channelID
+	channel channel
 }
 
 // servedConn is one inbound connection of a peer.
