@@ -34,8 +34,9 @@ type Config struct {
 	ClusterID    string // alike on all nodes; keeps clusters apart that share a network
 	StateMachine StateMachine
 
-	Dir     string  // data directory of this node alone; made if missing
-	Storage Storage // instead of Dir, for example NewMemoryStorage()
+	Dir      string  // data directory of this node alone; made if missing
+	Storage  Storage // instead of Dir, for example NewMemoryStorage()
+	AdoptDir bool    // accept a Dir that was copied or restored here; the original must never run again
 
 	// Bootstrap lists the founders, alike on each. It is used once, to form the
 	// cluster; a node that holds a log ignores it.

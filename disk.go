@@ -23,6 +23,7 @@ const (
 	recordHardState byte = 1 // carried into every segment
 	recordEntries   byte = 2
 	recordStart     byte = 3 // carried into every segment
+	recordBoot      byte = 4 // carried into every segment
 )
 
 // diskStorage is the Storage of Config.Dir: an identity file and a write-ahead
@@ -30,7 +31,8 @@ const (
 type diskStorage struct {
 	fs        vfs.FS
 	dir       string
-	tailBytes int // of entries given to the core at Open
+	adopt     bool // take over a directory that was copied
+	tailBytes int  // of entries given to the core at Open
 	options   wal.Options
 	salt      func(b []byte) // random bytes for the directory ID
 	lock      io.Closer
@@ -64,7 +66,7 @@ type configAt struct {
 
 func newDiskStorage(c *Config) *diskStorage {
 	return &diskStorage{
-		fs: vfs.OS(), dir: c.Dir, tailBytes: c.MaxLogMemoryBytes,
+		fs: vfs.OS(), dir: c.Dir, adopt: c.AdoptDir, tailBytes: c.MaxLogMemoryBytes,
 		options: wal.Options{MaxSegmentBytes: c.MaxSegmentBytes &^ 4095},
 		salt:    func(b []byte) { rand.Read(b) },
 	}
@@ -83,17 +85,22 @@ func (d *diskStorage) Open(ctx context.Context, id Identity) (rec Recovered, err
 			d.lock.Close()
 		}
 	}()
+	d.options.FS, d.options.Dir = d.fs, filepath.Join(d.dir, "wal")
 	if rec.DirectoryID, err = d.openIdentity(id); err != nil {
 		return rec, err
 	}
 	var l raftLog
-	d.options.FS, d.options.Dir, d.options.Tag = d.fs, filepath.Join(d.dir, "wal"), rec.DirectoryID
-	d.options.Carry = []byte{recordHardState, recordStart}
+	d.options.Tag = rec.DirectoryID
+	d.options.Carry = []byte{recordHardState, recordStart, recordBoot}
 	d.log, err = wal.Open(ctx, d.options, func(lsn wal.LSN, r wal.Record) error {
 		return d.replay(&rec, &l, lsn, r)
 	})
 	if err != nil {
 		return rec, d.explain(err)
+	}
+	if err := d.countBoot(&rec); err != nil {
+		d.log.Close()
+		return rec, err
 	}
 	rec.Start, rec.Last, rec.Runs, rec.Tail = l.start, l.last, l.runs, l.tail
 	d.start = l.start
@@ -101,6 +108,17 @@ func (d *diskStorage) Open(ctx context.Context, id Identity) (rec Recovered, err
 		rec.Config, rec.ConfigIndex = d.configs[n-1].data, d.configs[n-1].index
 	}
 	return rec, nil
+}
+
+// countBoot makes it durable that the node was started once more. A directory
+// that was rolled back counts fewer starts than its peers remember.
+func (d *diskStorage) countBoot(rec *Recovered) error {
+	rec.Boot++
+	d.log.Append(wal.Record{Kind: recordBoot, Data: appendUint64s(nil, rec.Boot)})
+	if err := d.log.Flush(); err != nil {
+		return fmt.Errorf("raft: the log of %s can't be written: %w", d.dir, err)
+	}
+	return nil
 }
 
 // replay takes one record of the log, oldest first.
@@ -114,6 +132,11 @@ func (d *diskStorage) replay(rec *Recovered, l *raftLog, lsn wal.LSN, r wal.Reco
 		rec.HardState = HardState{Term(f.uint64()), f.uint64()}
 		if err := f.finish(); err != nil {
 			return malformed("the hard state", err)
+		}
+	case recordBoot:
+		rec.Boot = f.uint64()
+		if err := f.finish(); err != nil {
+			return malformed("the boot counter", err)
 		}
 	case recordStart:
 		start, conf := f.entryID(), configAt{index: Index(f.uint64())}
@@ -383,6 +406,7 @@ func (d *diskStorage) openIdentity(id Identity) (dirID [16]byte, err error) {
 	}
 	r := reader{b: b[12:]}
 	copy(dirID[:], r.bytes(16))
+	inode := r.uint64()
 	found := Identity{r.string(), NodeID(r.string())}
 	if err := r.finish(); err != nil {
 		return dirID, &CorruptError{File: name, Offset: 12, Found: err.Error(), Do: doRestore}
@@ -390,27 +414,43 @@ func (d *diskStorage) openIdentity(id Identity) (dirID [16]byte, err error) {
 	if found != id {
 		return dirID, &IdentityError{name, found.String(), id.String(), "set Config.Dir to this node's own directory; nothing was changed"}
 	}
-	return dirID, nil
+	info, err := d.fs.Stat(name)
+	if err != nil {
+		return dirID, fmt.Errorf("raft: %w", err)
+	}
+	if info.Inode == inode || info.Inode == 0 || inode == 0 {
+		return dirID, nil
+	}
+	if d.adopt {
+		return dirID, d.writeIdentity(name, dirID, id)
+	}
+	return dirID, &IdentityError{name, fmt.Sprintf("a copy (inode %d)", info.Inode), fmt.Sprintf("the original (inode %d)", inode),
+		"two nodes with one identity would vote twice: start the original, or, if it never will run again, set Config.AdoptDir for one start; nothing was changed"}
 }
 
 func (d *diskStorage) makeIdentity(name string, id Identity) (dirID [16]byte, err error) {
-	if names, err := d.fs.List(filepath.Join(d.dir, "wal")); err == nil && len(names) > 0 {
+	if names, err := d.fs.List(d.options.Dir); err == nil && len(names) > 0 {
 		return dirID, &CorruptError{File: name, Found: "no identity file beside a log", Do: doRestore}
 	}
 	d.salt(dirID[:])
-	body := appendString(appendString(slices.Clone(dirID[:]), id.ClusterID), string(id.NodeID))
-	b := binary.LittleEndian.AppendUint32([]byte(identityMagic), identityVersion)
-	b = binary.LittleEndian.AppendUint32(b, crc32.Checksum(body, castagnoli))
-	b = append(b, body...)
+	return dirID, d.writeIdentity(name, dirID, id)
+}
+
+// writeIdentity writes the file under another name, syncs and renames it. It
+// holds its own inode number, which stays through a rename and not in a copy.
+func (d *diskStorage) writeIdentity(name string, dirID [16]byte, id Identity) error {
 	tmp := name + ".tmp"
 	if err := d.fs.Remove(tmp); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return dirID, fmt.Errorf("raft: %w", err)
+		return fmt.Errorf("raft: %w", err)
 	}
 	f, err := d.fs.Create(tmp)
 	if err != nil {
-		return dirID, fmt.Errorf("raft: make %s: %w", tmp, err)
+		return fmt.Errorf("raft: make %s: %w", tmp, err)
 	}
-	_, err = f.WriteAt(b, 0)
+	info, err := d.fs.Stat(tmp)
+	if err == nil {
+		_, err = f.WriteAt(encodeIdentity(dirID, info.Inode, id), 0)
+	}
 	err = errors.Join(err, f.Sync(), f.Close())
 	if err == nil {
 		err = d.fs.Rename(tmp, name)
@@ -419,7 +459,15 @@ func (d *diskStorage) makeIdentity(name string, id Identity) (dirID [16]byte, er
 		err = d.fs.SyncDir(d.dir)
 	}
 	if err != nil {
-		return dirID, fmt.Errorf("raft: write %s: %w", name, err)
+		return fmt.Errorf("raft: write %s: %w", name, err)
 	}
-	return dirID, nil
+	return nil
+}
+
+func encodeIdentity(dirID [16]byte, inode uint64, id Identity) []byte {
+	body := appendUint64s(slices.Clone(dirID[:]), inode)
+	body = appendString(appendString(body, id.ClusterID), string(id.NodeID))
+	b := binary.LittleEndian.AppendUint32([]byte(identityMagic), identityVersion)
+	b = binary.LittleEndian.AppendUint32(b, crc32.Checksum(body, castagnoli))
+	return append(b, body...)
 }

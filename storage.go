@@ -29,6 +29,7 @@ type Recovered struct {
 	Config      []byte    // data of the newest configuration entry, nil in an unformed directory
 	ConfigIndex Index
 	DirectoryID [16]byte // random, made with the directory
+	Boot        uint64   // how often the storage was opened, this time included
 }
 
 // Identity is whose data a storage holds.
@@ -75,6 +76,7 @@ type MemoryStorage struct {
 	lsn    LSN
 	hard   HardState
 	log    raftLog
+	boot   uint64
 }
 
 // NewMemoryStorage returns an empty storage, for one node.
@@ -94,7 +96,9 @@ func (m *MemoryStorage) Open(_ context.Context, id Identity) (Recovered, error) 
 		return Recovered{}, &IdentityError{"MemoryStorage", m.id.String(), id.String(), "give each node its own"}
 	}
 	m.open, m.id, m.staged, m.lsn = true, id, nil, 0
+	m.boot++
 	r := Recovered{
+		Boot:      m.boot,
 		HardState: m.hard, Start: m.log.start, Last: m.log.last,
 		Runs: slices.Clone(m.log.runs), Tail: slices.Clone(m.log.tail), DirectoryID: m.dirID,
 	}
