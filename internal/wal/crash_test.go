@@ -210,6 +210,7 @@ func crashes(fs *vfs.Mem, rng *rand.Rand, samples int, f func(*vfs.Mem)) {
 	}
 	f(fs.CrashClone(none))
 	f(fs.CrashClone(all))
+	f(fs.CrashClone(func(n int) int { return n / 2 })) // every sector garbage
 	for range samples {
 		// Uniform choices hardly ever keep a whole batch, so some samples keep
 		// or lose nearly everything.
@@ -329,7 +330,8 @@ var errDisk = errors.New("input/output error")
 // with a power cut.
 func (m *model) recoveryFails(t *testing.T, fs *vfs.Mem, fail int) {
 	t.Helper()
-	fs.SetHook(failAt(fail))
+	hook, _ := failAt(fail)
+	fs.SetHook(hook)
 	_, count, err := m.open(fs)
 	fs.SetHook(nil)
 	fs.Kill()
@@ -351,16 +353,19 @@ func (m *model) recoveryFails(t *testing.T, fs *vfs.Mem, fail int) {
 	}
 }
 
-// failAt is a hook that fails the n-th operation that changes the disk.
-func failAt(n int) func(vfs.Op) error {
+// failAt is a hook that fails the n-th operation that changes the disk, and
+// whether it has.
+func failAt(n int) (hook func(vfs.Op) error, failed *bool) {
+	failed = new(bool)
 	return func(op vfs.Op) error {
 		if op.Kind.Changes() {
 			if n--; n == 0 {
+				*failed = true
 				return errDisk
 			}
 		}
 		return nil
-	}
+	}, failed
 }
 
 // TestDiskFailures lets every operation of a workload fail once (mutants 32
@@ -379,13 +384,17 @@ func TestDiskFailures(t *testing.T) {
 			fs := newMem(seed)
 			rng := rand.New(rand.NewPCG(seed, 5))
 			m := &model{o: testOptions(fs, seed)}
-			fs.SetHook(failAt(fail))
+			hook, failed := failAt(fail)
+			fs.SetHook(hook)
 			l, _, err := m.open(fs)
 			if err == nil {
 				err = m.workload(l, 30, rng)
 			}
-			if err == nil {
+			if !*failed {
 				break // the workload has fewer operations
+			}
+			if err == nil {
+				t.Fatalf("seed %d: operation %d failed, and nothing reported it", seed, fail)
 			}
 			failures++
 			if !errors.Is(err, errDisk) {
@@ -468,3 +477,5 @@ func (m *model) afterFailure(t *testing.T, orig *vfs.Mem, rng *rand.Rand, varian
 		}
 	})
 }
+
+func newRand(seed uint64) *rand.Rand { return rand.New(rand.NewPCG(seed, 11)) }

@@ -19,9 +19,9 @@ func damageLog(t *testing.T, sealed bool) (*vfs.Mem, *model) {
 	m.o.MaxSegmentBytes = 5 * blockSize
 	l, _ := mustOpen(t, m.o)
 	for i := range 5 {
-		m.append(l, 200)
+		m.append(l, 20)
 		if i%2 == 0 {
-			m.append(l, 600)
+			m.append(l, 50)
 		}
 		if err := errors.Join(m.flush(l), l.Prepare()); err != nil {
 			t.Fatal(err)
@@ -296,6 +296,57 @@ func TestRotAfterOpen(t *testing.T) {
 			if err := fs.FlipBit(name, off, bit); err != nil {
 				t.Fatal(err)
 			}
+		}
+	}
+}
+
+// TestChain: batches that are valid by themselves, and do not follow each
+// other, are refused.
+func TestChain(t *testing.T) {
+	fs := newMem(1)
+	m := &model{o: testOptions(fs, 1)}
+	m.o.MinSegmentBytes, m.o.MaxSegmentBytes = 8*blockSize, 8*blockSize
+	l, _ := mustOpen(t, m.o)
+	for range 3 {
+		m.append(l, 100)
+		if err := m.flush(l); err != nil {
+			t.Fatal(err)
+		}
+	}
+	salt := l.cur.header.salt
+	for _, c := range []struct {
+		what   string
+		block  int64
+		change func(*batchHeader)
+	}{
+		{"other number before", 2, func(h *batchHeader) { h.prev.seq++ }},
+		{"other checksum before", 2, func(h *batchHeader) { h.prev.crc++ }},
+		{"number not above the one before", 2, func(h *batchHeader) { h.seq = h.prev.seq }},
+		{"newer version", 3, func(h *batchHeader) { h.version++ }},
+		{"other checksum of heads", 2, func(h *batchHeader) { h.recordsCRC++ }},
+	} {
+		d := fs.CrashClone(none)
+		f, err := d.Open(m.o.Dir + "/" + fileName(1, segmentSuffix))
+		if err != nil {
+			t.Fatal(err)
+		}
+		b, off := make([]byte, batchHeaderSize), c.block*blockSize
+		if _, err := f.ReadAt(b, off); err != nil {
+			t.Fatal(err)
+		}
+		h, _, ok := decodeBatchHeader(b, off, salt)
+		if !ok {
+			t.Fatalf("no batch in block %d", c.block)
+		}
+		c.change(&h)
+		h.encode(b, off)
+		if _, err := f.WriteAt(b, off); err != nil {
+			t.Fatal(err)
+		}
+		o, err := m.openDamaged(d, 1)
+		t.Logf("%s: %v", c.what, err)
+		if o != refused {
+			t.Errorf("%s: %s, %v", c.what, outcomeNames[o], err)
 		}
 	}
 }

@@ -57,9 +57,9 @@ func numbered(n, size int) Record {
 	b := binary.LittleEndian.AppendUint64(nil, uint64(n))
 	rng := rand.New(rand.NewPCG(uint64(n), 99))
 	for len(b) < size {
-		b = append(b, byte(rng.Uint32()))
+		b = binary.LittleEndian.AppendUint64(b, rng.Uint64())
 	}
-	return Record{Kind: kindData, Group: uint32(n % 3), Data: b}
+	return Record{Kind: kindData, Group: uint32(n % 3), Data: b[:max(8, size)]}
 }
 
 func number(r Record) int { return int(binary.LittleEndian.Uint64(r.Data)) }
