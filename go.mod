@@ -2,4 +2,7 @@ module example.com/raft
 
 go 1.26
 
-require github.com/fortytw2/leaktest v1.3.0
+require (
+	github.com/fortytw2/leaktest v1.3.0
+	pgregory.net/rapid v1.3.0 // indirect
+)
