@@ -1,0 +1,148 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"sync"
+	"time"
+
+	"example.com/raft"
+)
+
+const (
+	maxRecords = 200
+	maxSpans   = 400 // per node
+)
+
+// Feed keeps what happened lately on the nodes of this process, for the status
+// page. It outlives their restarts.
+type Feed struct {
+	mu      sync.Mutex
+	records []record
+	spans   map[raft.NodeID][]span
+}
+
+// record is one line of the page's list of events.
+type record struct {
+	At    int64       `json:"at"` // milliseconds since 1970
+	Node  raft.NodeID `json:"node"`
+	Kind  string      `json:"kind"` // a role, "act" for what the operator did, "warn", or "info"
+	Text  string      `json:"text"`
+	Times int         `json:"times"` // how often in a row
+}
+
+// span says what a node was from a moment on.
+type span struct {
+	At   int64     `json:"at"`
+	Role string    `json:"role"`
+	Term raft.Term `json:"term"`
+	Cut  bool      `json:"cut"`
+}
+
+func newFeed() *Feed { return &Feed{spans: map[raft.NodeID][]span{}} }
+
+// follow records a server's events until the server is dead.
+func (f *Feed) follow(id raft.NodeID, s *raft.Server) {
+	for e := range s.Events(context.Background()) {
+		f.observe(id, e)
+	}
+}
+
+func (f *Feed) observe(id raft.NodeID, e raft.Event) {
+	kind := "info"
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	now := f.last(id)
+	if e.Term > now.Term {
+		now.Term = e.Term
+	}
+	switch e.Kind {
+	case raft.EventElectionTimer, raft.EventElected: // the role's event follows
+		return
+	case raft.EventStarted, raft.EventPreVote:
+		now.Role = raft.Follower.String()
+	case raft.EventRole:
+		now.Role = e.Role.String()
+		kind = now.Role
+	case raft.EventDead:
+		now.Role = raft.Dead.String()
+		kind = now.Role
+	case raft.EventConnection, raft.EventQuorumLost, raft.EventFollowerStarved:
+		kind = "warn"
+	case raft.EventApplyFailed, raft.EventFollowerLostData:
+		kind = "error"
+	}
+	now.At = e.Time.UnixMilli()
+	f.become(id, now)
+	text := e.String()
+	if e.Dropped > 0 {
+		text = fmt.Sprintf("(%d events missed) %s", e.Dropped, text)
+	}
+	f.add(record{now.At, id, kind, text, 1})
+}
+
+// partitioned records that the operator cut a node off, or healed the cut.
+func (f *Feed) partitioned(id raft.NodeID, cut bool) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	now := f.last(id)
+	if now.Cut == cut {
+		return
+	}
+	now.Cut, now.At = cut, time.Now().UnixMilli()
+	f.become(id, now)
+	text := "is partitioned from the others"
+	if !cut {
+		text = "can reach the others again"
+	}
+	f.add(record{now.At, id, "act", text, 1})
+}
+
+func (f *Feed) last(id raft.NodeID) span {
+	if spans := f.spans[id]; len(spans) > 0 {
+		return spans[len(spans)-1]
+	}
+	return span{Role: raft.Dead.String()}
+}
+
+func (f *Feed) become(id raft.NodeID, s span) {
+	last := f.last(id)
+	if last.Role == s.Role && last.Term == s.Term && last.Cut == s.Cut && last.At != 0 {
+		return
+	}
+	spans := append(f.spans[id], s)
+	f.spans[id] = spans[max(0, len(spans)-maxSpans):]
+}
+
+// add appends r, or counts it if it only repeats the newest record. A node that
+// can't reach the others asks for their votes again and again.
+func (f *Feed) add(r record) {
+	if n := len(f.records); n > 0 && f.records[n-1].Node == r.Node && f.records[n-1].Text == r.Text {
+		f.records[n-1].At = r.At
+		f.records[n-1].Times++
+		return
+	}
+	f.records = append(f.records, r)
+	f.records = f.records[max(0, len(f.records)-maxRecords):]
+}
+
+// recent returns the newest records, newest first, and what each node was in
+// the last window.
+func (f *Feed) recent(n int, window time.Duration) ([]record, map[raft.NodeID][]span) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	records := []record{}
+	for i := len(f.records) - 1; i >= 0 && len(records) < n; i-- {
+		records = append(records, f.records[i])
+	}
+	begin := time.Now().Add(-window).UnixMilli()
+	spans := map[raft.NodeID][]span{}
+	for id, all := range f.spans {
+		first := len(all) - 1
+		for first > 0 && all[first].At > begin {
+			first--
+		}
+		spans[id] = append([]span(nil), all[first:]...)
+	}
+	return records, spans
+}
