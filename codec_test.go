@@ -560,6 +560,7 @@ func TestOneWriteForAll(t *testing.T) {
 	if codec.Buffered() {
 		t.Error("a request is said to be buffered when all were served")
 	}
+	codec.FlushReplies()
 	if n := peer.count(); n != 0 {
 		t.Errorf("%d writes although every reply was deferred", n)
 	}
@@ -620,6 +621,42 @@ func TestInflightIsBounded(t *testing.T) {
 	}
 	if err := codec.WriteDeferred(2, &voteReply{}); err == nil {
 		t.Error("a reply on a dead connection was accepted")
+	}
+}
+
+// TestDeferredRepliesAreWithheld, for every method.
+func TestDeferredRepliesAreWithheld(t *testing.T) {
+	_, peer := net.Pipe()
+	codec := newServerCodec(peer, maxWireVersion, testLimits())
+	for i, deferred := range []bool{true, false} {
+		for _, reply := range []any{
+			&call[voteReply]{deferred: deferred}, &call[appendReply]{deferred: deferred}, &call[forwardReply]{deferred: deferred},
+		} {
+			before := len(codec.out.buf)
+			if err := codec.WriteResponse(&rpc.Response{Seq: uint64(i + 1)}, reply); err != nil {
+				t.Fatal(err)
+			}
+			if written := len(codec.out.buf) > before; written == deferred {
+				t.Errorf("%T: deferred %v, written %v", reply, deferred, written)
+			}
+		}
+	}
+}
+
+// TestBufferedMeansWhole: part of a frame is not a frame.
+func TestBufferedMeansWhole(t *testing.T) {
+	frame := rawFrame(nil, voteBody())
+	for extra := range len(frame) + 1 {
+		conn, peer := net.Pipe()
+		go conn.Write(slicesConcat(frame, frame[:extra]))
+		codec := newServerCodec(peer, maxWireVersion, testLimits())
+		if err := codec.ReadRequestHeader(new(rpc.Request)); err != nil {
+			t.Fatal(err)
+		}
+		if got, want := codec.Buffered(), extra == len(frame); got != want {
+			t.Errorf("%d of %d bytes of the next frame: Buffered is %v", extra, len(frame), got)
+		}
+		codec.Close()
 	}
 }
 

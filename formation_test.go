@@ -312,6 +312,30 @@ func TestFormAnswerRoundTrip(t *testing.T) {
 	})
 }
 
+// TestFormAnswerRefusals: lists that no node sends.
+func TestFormAnswerRefusals(t *testing.T) {
+	list := founderList(3)
+	unsorted := []Member{list[1], list[0]}
+	twice := []Member{list[0], list[0]}
+	good := formAnswer{List: list}
+	for name, c := range map[string]struct {
+		in   []byte
+		want string
+	}{
+		"unsorted":      {formAnswer{List: unsorted}.encode(nil), "not sorted"},
+		"twice":         {formAnswer{List: twice}.encode(nil), "names one twice"},
+		"too many":      {formAnswer{List: founderList(maxFounders + 1)}.encode(nil), "a list of 65 founders is over the limit of 64"},
+		"huge count":    {append(make([]byte, 17), 0xff, 0xff, 0xff, 0xff, 0x0f), "over the limit of 64"},
+		"unknown state": {[]byte{2}, errFlags.Error()},
+		"cut short":     {good.encode(nil)[:30], errShort.Error()},
+		"too long":      {append(good.encode(nil), 0), errLong.Error()},
+	} {
+		if a, err := decodeFormAnswer(c.in); err == nil || !strings.Contains(err.Error(), c.want) {
+			t.Errorf("%s: got %+v, %v, want %q", name, a, err, c.want)
+		}
+	}
+}
+
 // FuzzForm: no formation answer makes a node panic, and none but a genuine one
 // makes it adopt an entry.
 func FuzzForm(f *testing.F) {
