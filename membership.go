@@ -113,7 +113,8 @@ func appendString(b []byte, s string) []byte {
 	return append(binary.AppendUvarint(b, uint64(len(s))), s...)
 }
 
-// reader takes fields off the front of b. After the first error every field is zero.
+// reader takes fields off the front of b. After the first error, which is kept, every
+// field is zero.
 type reader struct {
 	b   []byte
 	err error
@@ -122,8 +123,10 @@ type reader struct {
 var errShort = errors.New("raft: message is shorter than its fields")
 
 func (r *reader) bytes(n uint64) []byte {
-	if r.err != nil || n > uint64(len(r.b)) {
+	if r.err == nil && n > uint64(len(r.b)) {
 		r.err = errShort
+	}
+	if r.err != nil {
 		return nil
 	}
 	out := r.b[:n:n]
@@ -133,8 +136,10 @@ func (r *reader) bytes(n uint64) []byte {
 
 func (r *reader) uvarint() uint64 {
 	v, n := binary.Uvarint(r.b)
-	if r.err != nil || n <= 0 {
+	if r.err == nil && n <= 0 {
 		r.err = errShort
+	}
+	if r.err != nil {
 		return 0
 	}
 	r.b = r.b[n:]
