@@ -778,6 +778,7 @@ func TestDeadlineOfAFrameIsNotKept(t *testing.T) {
 		if _, err := conn.Write(frame); err != nil {
 			t.Errorf("the connection ended while idle: %v", err)
 		}
+		synctest.Wait() // until it is answered
 		conn.Close()
 		if err := ended(); err != io.EOF {
 			t.Errorf("ended with %v", err)
