@@ -277,25 +277,35 @@ func (l *Log) flushLocked() {
 }
 
 // exclusive runs f, which does I/O, without mu but as the only writer. It is
-// called with mu held and busy unset.
-func (l *Log) exclusive(f func() (*segment, int64, error)) (*segment, int64, error) {
+// called with mu held and busy unset, and returns so, also when f panics: the
+// log has failed then.
+func (l *Log) exclusive(f func() (*segment, int64, error)) (seg *segment, at int64, err error) {
 	l.busy = true
 	l.mu.Unlock()
-	seg, at, err := f()
-	l.mu.Lock()
-	l.busy = false
-	if err != nil {
-		l.fail(err)
-	} else {
-		seg.used = seg.used || seg.off > blockSize
-		half := seg.off > seg.header.size/2
-		if half && !l.half || len(l.segs) > 1 && l.releasableLocked() {
-			l.wakeTend()
+	err = errPanic
+	defer func() {
+		l.mu.Lock()
+		l.busy = false
+		if err != nil {
+			l.fail(err)
+		} else {
+			l.wrote(seg)
 		}
-		l.half = half
+		l.cond.Broadcast()
+	}()
+	return f()
+}
+
+var errPanic = errors.New("a write panicked")
+
+// wrote notes that a batch in a segment is durable. mu is held.
+func (l *Log) wrote(seg *segment) {
+	seg.used = seg.used || seg.off > blockSize
+	half := seg.off > seg.header.size/2
+	if half && !l.half || l.releasableLocked() {
+		l.wakeTend()
 	}
-	l.cond.Broadcast()
-	return seg, at, err
+	l.half = half
 }
 
 // fail stops the log for good. mu is held.
