@@ -186,12 +186,17 @@ func (p *process) expect(t *testing.T, prefix string) string {
 func (p *process) signal(t *testing.T, sig os.Signal) error {
 	t.Helper()
 	p.cmd.Process.Signal(sig)
+	return p.wait(t, sig.String())
+}
+
+func (p *process) wait(t *testing.T, why string) error {
+	t.Helper()
 	timeout := time.NewTimer(patience)
 	defer timeout.Stop()
 	select {
 	case <-p.done:
 	case <-timeout.C:
-		t.Fatalf("%v did not end the program: %s", sig, p.log.String())
+		t.Fatalf("%s did not end the program: %s", why, p.log.String())
 	}
 	return p.err
 }
@@ -238,7 +243,10 @@ func killNine(t *testing.T, program string) {
 	l.stop()
 	t.Logf("%d writes acknowledged, none for %v when the leader was killed", len(l.acked), l.longestGap(killed).Round(time.Millisecond))
 	for _, p := range nodes {
-		if err := p.signal(t, os.Interrupt); err != nil {
+		p.cmd.Process.Signal(os.Interrupt)
+	}
+	for _, p := range nodes {
+		if err := p.wait(t, "an interrupt"); err != nil {
 			t.Errorf("after an interrupt: %v\n%s", err, p.log.String())
 		}
 	}
