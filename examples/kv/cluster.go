@@ -17,11 +17,6 @@ import (
 const (
 	clusterID      = "kv"
 	requestTimeout = 5 * time.Second // outlasts an election
-
-	// A loopback network answers in well under a millisecond, so a dead leader
-	// may be replaced sooner than by the library's defaults.
-	heartbeatInterval = 50 * time.Millisecond
-	electionTimeout   = 500 * time.Millisecond
 )
 
 // Node is one member of the cluster: the Raft server with its state machine,
@@ -101,11 +96,8 @@ func (n *Node) Start(ctx context.Context) error {
 	store := newStore()
 	server, err := raft.Start(ctx, raft.Config{
 		ID: n.ID, ClusterID: clusterID, StateMachine: store, Dir: n.Dir, Bootstrap: n.Members,
-		Listener:          &gatedListener{n.raftL, n.gate},
-		DialContext:       n.gate.dial,
-		HeartbeatInterval: heartbeatInterval, ElectionTimeout: electionTimeout,
-		MaxCommandBytes: maxCommandBytes,
-		Logger:          n.Logger,
+		Listener: &gatedListener{n.raftL, n.gate}, DialContext: n.gate.dial,
+		MaxCommandBytes: maxCommandBytes, Logger: n.Logger,
 	})
 	if err == nil {
 		if err = sameMembers(n.Dir, n.Members, server.Status().Members); err != nil {

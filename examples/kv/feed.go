@@ -1,8 +1,10 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"fmt"
+	"slices"
 	"sync"
 	"time"
 
@@ -114,13 +116,18 @@ func (f *Feed) become(id raft.NodeID, s span) {
 	f.spans[id] = spans[max(0, len(spans)-maxSpans):]
 }
 
-// add appends r, or counts it if it only repeats the newest record. A node that
-// can't reach the others asks for their votes again and again.
+// add appends r. If it only repeats what the node reported last, and that is
+// still near the top, it is counted there: a node that can't reach the others
+// asks for their votes again and again.
 func (f *Feed) add(r record) {
-	if n := len(f.records); n > 0 && f.records[n-1].Node == r.Node && f.records[n-1].Text == r.Text {
-		f.records[n-1].At = r.At
-		f.records[n-1].Times++
-		return
+	for i := len(f.records) - 1; i >= max(0, len(f.records)-6); i-- {
+		if old := f.records[i]; old.Node == r.Node {
+			if old.Text == r.Text {
+				r.Times = old.Times + 1
+				f.records = slices.Delete(f.records, i, i+1)
+			}
+			break
+		}
 	}
 	f.records = append(f.records, r)
 	f.records = f.records[max(0, len(f.records)-maxRecords):]
@@ -131,10 +138,11 @@ func (f *Feed) add(r record) {
 func (f *Feed) recent(n int, window time.Duration) ([]record, map[raft.NodeID][]span) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	records := []record{}
-	for i := len(f.records) - 1; i >= 0 && len(records) < n; i-- {
-		records = append(records, f.records[i])
-	}
+	// Nodes report on goroutines of their own, so nearly in order.
+	records := slices.Clone(f.records)
+	slices.SortStableFunc(records, func(a, b record) int { return cmp.Compare(a.At, b.At) })
+	slices.Reverse(records)
+	records = records[:min(n, len(records))]
 	begin := time.Now().Add(-window).UnixMilli()
 	spans := map[raft.NodeID][]span{}
 	for id, all := range f.spans {
@@ -142,7 +150,7 @@ func (f *Feed) recent(n int, window time.Duration) ([]record, map[raft.NodeID][]
 		for first > 0 && all[first].At > begin {
 			first--
 		}
-		spans[id] = append([]span(nil), all[first:]...)
+		spans[id] = slices.Clone(all[first:])
 	}
 	return records, spans
 }

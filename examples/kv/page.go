@@ -20,6 +20,7 @@ const (
 	shownKeys    = 50
 	shownRecords = 80
 	shownWindow  = 60 * time.Second
+	silent       = 2 * time.Second // a follower that its leader has not heard for so long is not shown as one
 )
 
 // page serves the status page, what it shows, and what its buttons do.
@@ -157,7 +158,7 @@ func others(st raft.Status) []nodeState {
 		for _, f := range st.Followers {
 			if f.ID == m.ID && st.Role == raft.Leader {
 				n.Last = f.Match
-				if time.Since(f.LastContact) > 2*electionTimeout {
+				if time.Since(f.LastContact) > silent {
 					n.Role = ""
 				}
 			}
