@@ -67,7 +67,7 @@ func (s *Server) greet(addr string, h hello) (raw, conn net.Conn, w welcome, err
 	if s.conf.TLS != nil {
 		conn = tls.Client(raw, tlsFor(s.conf.TLS, addr))
 	}
-	if w, err = dialHandshake(conn, h, handshakeTimeout); err != nil {
+	if w, err = dialHandshake(conn, h, s.dialTimeout()); err != nil {
 		s.forget(raw)
 		return nil, nil, w, err
 	}
@@ -84,9 +84,11 @@ func tlsFor(c *tls.Config, addr string) *tls.Config {
 	return c
 }
 
-// dialTimeout: a peer that does not answer must not hold up the next attempt
-// for much longer than an election.
-func (s *Server) dialTimeout() time.Duration { return max(s.conf.ElectionTimeout, time.Second) }
+// dialTimeout bounds dialling, and then the handshake. A peer that does not
+// answer must not hold up the next attempt for long: heartbeats wait for it.
+func (s *Server) dialTimeout() time.Duration {
+	return min(max(2*s.conf.ElectionTimeout, 500*time.Millisecond), handshakeTimeout)
+}
 
 // accept hears who dialled and decides whether it may talk.
 func (s *Server) accept(conn net.Conn) (hello, welcome, error) {
@@ -178,13 +180,26 @@ func (s *Server) runForming() {
 		done = s.formation.done()
 		s.cm.unlock()
 		if !done {
-			s.pause(s.conf.HeartbeatInterval)
+			s.pauseForming()
 		}
 		if s.stopping() {
 			return
 		}
 	}
 }
+
+// pauseForming waits before founders are asked again, or until all is decided.
+func (s *Server) pauseForming() {
+	t := time.NewTimer(min(s.conf.HeartbeatInterval, formingInterval))
+	defer t.Stop()
+	select {
+	case <-t.C:
+	case <-s.formWake:
+	case <-s.ctx.Done():
+	}
+}
+
+const formingInterval = 100 * time.Millisecond
 
 func joinIDs(ids []NodeID) string {
 	var b strings.Builder
@@ -213,7 +228,7 @@ func (s *Server) askFounder(id NodeID) error {
 		return err
 	}
 	defer s.forget(raw)
-	its, err := dialFormation(conn, mine, handshakeTimeout)
+	its, err := dialFormation(conn, mine, s.dialTimeout())
 	if err != nil {
 		return err
 	}
@@ -231,7 +246,10 @@ func (s *Server) heardFounder(id NodeID, a formAnswer) error {
 	if s.formation == nil || s.cm.core.role == Dead {
 		return nil
 	}
-	_, err := s.formation.heard(id, a)
+	done, err := s.formation.heard(id, a)
+	if done {
+		wake(s.formWake)
+	}
 	var final *FormationError
 	if errors.As(err, &final) {
 		s.cm.transition(func(c *core) { c.die(err) })

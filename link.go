@@ -192,7 +192,7 @@ func (o *linkOwner) connect() bool {
 	}
 	conn, client, err := s.dial(o.to, o.channel)
 	if err != nil {
-		o.retryAt = time.Now().Add(s.conf.HeartbeatInterval / 2)
+		o.retryAt = time.Now().Add(min(s.conf.HeartbeatInterval/2, s.conf.ElectionTimeout/4))
 		return false
 	}
 	o.conn = conn

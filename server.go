@@ -23,6 +23,7 @@ type Server struct {
 	listener net.Listener
 	dirID    [16]byte
 	nonce    uint64
+	formWake chan struct{}   // signalled when entry 1 is decided
 	ctx      context.Context // ends when the node dies: every dial and wait
 	cancel   context.CancelFunc
 	ended    <-chan struct{} // closed when every goroutine has ended
@@ -60,6 +61,7 @@ func Start(ctx context.Context, c Config) (*Server, error) {
 		forwards: map[memberID]int{},
 		conns:    map[net.Conn]struct{}{},
 		served:   map[servedKey]*servedConn{},
+		formWake: make(chan struct{}, 1),
 		logged:   map[string]bool{},
 		listener: c.Listener,
 	}
