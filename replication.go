@@ -64,11 +64,10 @@ func (c *core) heartbeat() {
 			p.resend(c.appendSeq)
 			c.out.hangups = append(c.out.hangups, p.id)
 		}
-		commit := min(c.commitIndex, p.match)
 		c.send(message{to: p.id, append: &appendArgs{
-			Term: c.currentTerm, Leader: c.self, Prev: EntryID{p.match, p.matchTerm}, Commit: commit, Heartbeat: true,
+			Term: c.currentTerm, Leader: c.self, Prev: EntryID{p.match, p.matchTerm}, Commit: c.commitIndex, Heartbeat: true,
 		}})
-		p.commitSent = max(p.commitSent, commit)
+		p.commitSent = max(p.commitSent, min(c.commitIndex, p.match)) // a follower commits no more than Prev
 	}
 }
 

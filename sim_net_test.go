@@ -177,6 +177,8 @@ const (
 	nemCompact
 	nemHealNet
 	nemDeafLeader
+	nemCampaign
+	nemCampaignMore // drawn twice as often
 	nemesisCount
 )
 
@@ -251,6 +253,8 @@ func (s *sim) nemesis() {
 		}
 	case nemCompact:
 		s.compact(n)
+	case nemCampaign, nemCampaignMore:
+		s.campaign(n)
 	case nemCrash, nemCrashLeader:
 		s.crashAndRestart(n)
 	case nemCrashAll:

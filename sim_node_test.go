@@ -129,10 +129,18 @@ func (s *sim) end(n *simNode) {
 	}
 	for _, q := range out.reads {
 		d := time.Duration(s.rng.Int64N(int64(2*s.swarm.readMean) + 1))
+		if s.chance(s.swarm.tailP) {
+			d += s.someTimeouts(0.1, 10)
+		}
 		if !s.faulty {
 			d = s.swarm.timeout / 1000
 		}
-		s.push(simEvent{at: s.now + d, kind: evRead, node: n.i, run: n.run, read: &q})
+		// The disk is read now and the answer takes its time, so that it may be old.
+		entries, err := n.disk.Read(q.lo, q.hi, q.maxBytes)
+		if err != nil {
+			s.fail("node %d asks for entries %d to %d: %v", n.i, q.lo, q.hi, err)
+		}
+		s.push(simEvent{at: s.now + d, kind: evRead, node: n.i, run: n.run, read: &simRead{q, entries}})
 	}
 	s.startFlush(n)
 	s.armTimer(n)
@@ -230,7 +238,8 @@ func (s *sim) onNode(n *simNode, e simEvent) {
 	case evFlushed:
 		s.onFlushed(n, e)
 	case evRead:
-		s.onRead(n, e.read)
+		s.begin(n).entriesRead(e.read.entryRequest, e.read.entries)
+		s.end(n)
 	case evApply:
 		s.onApply(n)
 	case evForwardTimeout:
@@ -307,13 +316,10 @@ func (s *sim) onFlushed(n *simNode, e simEvent) {
 	s.end(n)
 }
 
-func (s *sim) onRead(n *simNode, q *entryRequest) {
-	entries, err := n.disk.Read(q.lo, min(q.hi, n.disk.last()), q.maxBytes)
-	if err != nil {
-		entries = nil // it was compacted meanwhile
-	}
-	s.begin(n).entriesRead(*q, entries)
-	s.end(n)
+// simRead is the answer to a request for entries that are on disk only.
+type simRead struct {
+	entryRequest
+	entries []Entries
 }
 
 func (s *sim) onApply(n *simNode) {
@@ -406,6 +412,19 @@ func (s *sim) restartAfter(n *simNode, d time.Duration) {
 	n.restarting = true
 	n.restartSeq++
 	s.push(simEvent{at: s.now + d, kind: evRestart, node: n.i, lsn: n.restartSeq})
+}
+
+// campaign lets a node stand for election without waiting for a timeout, as the
+// target of a leadership transfer does. Leaderships then become short, and
+// leave entries behind that only some nodes have.
+func (s *sim) campaign(n *simNode) {
+	c := n.core
+	if c == nil || c.role == Leader || c.role == Dead || n.pausedUntil > s.now || n.i >= s.swarm.voters {
+		return
+	}
+	s.note(n.i, "campaigns at once")
+	s.begin(n).becomeCandidate(true)
+	s.end(n)
 }
 
 // compact drops a prefix of the log that every node has for good.

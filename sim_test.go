@@ -56,7 +56,7 @@ type simEvent struct {
 	lsn   LSN
 	took  time.Duration
 	msg   *simMsg
-	read  *entryRequest
+	read  *simRead
 	epoch uint32 // of the network: healing drops what is under way
 }
 
@@ -266,6 +266,25 @@ func (s *sim) drawSwarm() {
 	w.keys = s.between(1, simKeys)
 	w.rounds = s.between(1, 4)
 	w.roundTimeouts = s.between(10, 60)
+	if s.chance(0.4) {
+		s.drawChurn(w)
+	}
+}
+
+// drawChurn makes leaderships short and messages old: the conditions of
+// Figure 8 and of whatever else needs three leaders in a row.
+func (s *sim) drawChurn(w *simSwarm) {
+	t := float64(w.timeout)
+	w.nodes = s.between(3, 5)
+	w.voters = w.nodes
+	w.nemeses = append(w.nemeses, nemCampaign, nemCampaignMore)
+	w.nemesisEvery = time.Duration(t * s.logUniform(0.03, 0.6))
+	w.clientEvery = time.Duration(t * s.logUniform(0.05, 1))
+	w.delayMean = time.Duration(t * s.logUniform(0.005, 0.1))
+	w.tailP = s.logUniform(0.02, 0.4)
+	w.oldP = s.sometimes(0.8, 0.02, 0.4)
+	w.lagMax = 60
+	w.roundTimeouts = s.between(20, 100)
 }
 
 // drawLimits differ from node to node, as they do during a rolling change.
