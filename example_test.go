@@ -10,6 +10,8 @@ import (
 	"os"
 	"strconv"
 	"sync/atomic"
+	"testing"
+	"testing/synctest"
 	"time"
 
 	"example.com/raft"
@@ -49,6 +51,25 @@ func Example() {
 	// the counter is 1
 	// the counter is 2
 	// the counter is 3
+}
+
+// TestCounterOutlivesItsLeader is README's example of a test.
+func TestCounterOutlivesItsLeader(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) { // in virtual time
+		h := raft.NewHarness(t, 3, raft.WithStateMachine(func() raft.StateMachine { return &counter{} }))
+		defer h.Shutdown()
+		leader, _ := h.CheckSingleLeader()
+		h.SubmitToServer(leader, []byte("+1"))
+		h.CheckCommittedN([]byte("+1"), 3)
+		h.CrashPeer(leader) // a power cut: what was not synced is gone
+		h.CheckSingleLeader()
+		h.RestartPeer(leader)
+		h.CheckCommittedN([]byte("+1"), 3)
+		read := func(m raft.StateMachine) []byte { return fmt.Append(nil, m.(*counter).n) }
+		if got := h.Read(leader, read); string(got) != "1" {
+			t.Errorf("after the crash the counter is %s, want 1", got)
+		}
+	})
 }
 
 // total is a state machine that adds numbers. Others may read its sum at any time.

@@ -335,7 +335,7 @@ func TestTidyGoroutines(t *testing.T) {
 	r := readRepo(t)
 	var found []string
 	for _, f := range r.files {
-		if !f.library() || f.path == "testharness.go" {
+		if !f.library() || f.path == "testharness.go" { // the harness checks itself that nothing is left
 			continue
 		}
 		f.funcs(func(d *ast.FuncDecl) {
@@ -505,18 +505,12 @@ func (s *stateRule) within(x ast.Expr) bool {
 }
 
 // TestTidyNoSleep: the library never sleeps, and tests do in virtual time only:
-// within a function that runs in a bubble of testing/synctest.
+// within a function that is given to a bubble of testing/synctest, directly or
+// by a helper, or in a helper whose comment says "in virtual time".
 func TestTidyNoSleep(t *testing.T) {
 	r := readRepo(t)
 	for dir, files := range r.byDir() {
-		bubbles := []string{} // functions that run what they are given in a bubble
-		for _, f := range files {
-			f.funcs(func(d *ast.FuncDecl) {
-				if calls(f, d, "testing/synctest", "Test") {
-					bubbles = append(bubbles, d.Name.Name)
-				}
-			})
-		}
+		bubbles := bubbleHelpers(files)
 		for _, f := range files {
 			if !f.library() && !f.test() || strings.HasPrefix(f.path, "bench/") {
 				continue
@@ -524,6 +518,32 @@ func TestTidyNoSleep(t *testing.T) {
 			r.sleeps(t, dir, f, bubbles)
 		}
 	}
+}
+
+// bubbleHelpers returns the functions that call synctest.Test, or one that does.
+func bubbleHelpers(files []*repoFile) (names []string) {
+	for before := -1; before < len(names); {
+		before = len(names)
+		for _, f := range files {
+			f.funcs(func(d *ast.FuncDecl) {
+				if !slices.Contains(names, d.Name.Name) && calls(d, func(fun ast.Expr) bool { return f.inBubble(fun, names) }) {
+					names = append(names, d.Name.Name)
+				}
+			})
+		}
+	}
+	return names
+}
+
+// inBubble tells whether a call of fun runs its argument in a bubble.
+func (f *repoFile) inBubble(fun ast.Expr, helpers []string) bool {
+	switch fun := fun.(type) {
+	case *ast.Ident:
+		return slices.Contains(helpers, fun.Name)
+	case *ast.SelectorExpr:
+		return fun.Sel.Name == "Test" && imported(f, fun.X) == "testing/synctest"
+	}
+	return false
 }
 
 func (r *repo) sleeps(t *testing.T, dir string, f *repoFile, bubbles []string) {
@@ -539,17 +559,11 @@ func (r *repo) sleeps(t *testing.T, dir string, f *repoFile, bubbles []string) {
 			return true
 		}
 		for i, up := range stack[:len(stack)-1] {
-			call, ok := up.(*ast.CallExpr)
-			if !ok {
-				continue
-			}
-			if _, inside := stack[i+1].(*ast.FuncLit); !inside {
-				continue
-			}
-			if id, ok := call.Fun.(*ast.Ident); ok && slices.Contains(bubbles, id.Name) {
+			if d, ok := up.(*ast.FuncDecl); ok && f.test() && strings.Contains(d.Doc.Text(), "in virtual time") {
 				return true
 			}
-			if sel, ok := call.Fun.(*ast.SelectorExpr); ok && imported(f, sel.X) == "testing/synctest" {
+			call, ok := up.(*ast.CallExpr)
+			if _, inside := stack[i+1].(*ast.FuncLit); ok && inside && f.inBubble(call.Fun, bubbles) {
 				return true
 			}
 		}
@@ -558,13 +572,11 @@ func (r *repo) sleeps(t *testing.T, dir string, f *repoFile, bubbles []string) {
 	})
 }
 
-// calls tells whether d calls function name of package pkg.
-func calls(f *repoFile, d *ast.FuncDecl, pkg, name string) (yes bool) {
+// calls tells whether d calls a function that is wanted.
+func calls(d *ast.FuncDecl, wanted func(fun ast.Expr) bool) (yes bool) {
 	ast.Inspect(d, func(n ast.Node) bool {
-		if c, ok := n.(*ast.CallExpr); ok {
-			if s, ok := c.Fun.(*ast.SelectorExpr); ok && s.Sel.Name == name && imported(f, s.X) == pkg {
-				yes = true
-			}
+		if c, ok := n.(*ast.CallExpr); ok && wanted(c.Fun) {
+			yes = true
 		}
 		return true
 	})
