@@ -9,6 +9,7 @@ import (
 // server that was stopped or failed.
 type Role byte
 
+// The roles.
 const (
 	Follower Role = iota
 	Candidate

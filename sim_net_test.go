@@ -182,6 +182,9 @@ const (
 	nemesisCount
 )
 
+// nemesis puts one fault into the run.
+//
+// More than 70 lines: a flat list of faults, a case each.
 func (s *sim) nemesis() {
 	w := &s.swarm
 	s.push(simEvent{at: s.now + 1 + time.Duration(s.rng.Int64N(2*int64(w.nemesisEvery))), kind: evNemesis, epoch: uint32(s.round)})

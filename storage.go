@@ -86,6 +86,7 @@ func NewMemoryStorage() *MemoryStorage {
 	return m
 }
 
+// Open implements Storage. What was not flushed before is gone.
 func (m *MemoryStorage) Open(_ context.Context, id Identity) (Recovered, error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -112,12 +113,14 @@ func (m *MemoryStorage) Open(_ context.Context, id Identity) (Recovered, error) 
 	return r, nil
 }
 
+// Append implements Storage.
 func (m *MemoryStorage) Append(s Save) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.staged = append(m.staged, s)
 }
 
+// Flush implements Storage. It returns at once.
 func (m *MemoryStorage) Flush() (LSN, error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -142,6 +145,7 @@ func (m *MemoryStorage) Flush() (LSN, error) {
 	return m.lsn, nil
 }
 
+// Read implements Storage.
 func (m *MemoryStorage) Read(lo, hi Index, maxBytes int) ([]Entries, error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -152,6 +156,7 @@ func (m *MemoryStorage) Read(lo, hi Index, maxBytes int) ([]Entries, error) {
 	return out, nil
 }
 
+// Close implements Storage. Open may be called again afterwards.
 func (m *MemoryStorage) Close() error {
 	m.mu.Lock()
 	defer m.mu.Unlock()

@@ -29,6 +29,9 @@ func TestContract(t *testing.T) {
 	})
 }
 
+// contract is what every FS does.
+//
+// More than 70 lines: each call builds on what the ones before it left.
 func contract(t *testing.T, f FS, dir string) {
 	must := func(err error) {
 		t.Helper()

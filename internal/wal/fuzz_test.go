@@ -13,6 +13,8 @@ import (
 // the checksums of headers right first, so that the fuzzer gets past them.
 // Open must not panic, must not change what it refuses, and what it accepts
 // must be the same when opened again.
+//
+// More than 70 lines: seeds, repair and checks share the layout of the files.
 func FuzzOpen(f *testing.F) {
 	for _, sealed := range []bool{true, false} {
 		fs, m := fuzzLog(f, sealed)

@@ -82,6 +82,8 @@ func onEach(t *testing.T, f func(t *testing.T, o Options)) {
 
 // TestContract appends, flushes, reads, rolls over, releases, recycles, closes
 // and opens again.
+//
+// More than 70 lines: one life of a log, in order.
 func TestContract(t *testing.T) {
 	onEach(t, func(t *testing.T, o Options) {
 		l, k := mustOpen(t, o)
@@ -295,6 +297,8 @@ func TestRestartsGrowNothing(t *testing.T) {
 }
 
 // TestConcurrent runs every method at once, with the goroutine that prepares.
+//
+// More than 70 lines: the goroutines share what they check.
 func TestConcurrent(t *testing.T) {
 	onEach(t, func(t *testing.T, o Options) {
 		before := runtime.NumGoroutine()
