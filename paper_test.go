@@ -1,7 +1,9 @@
 package raft
 
 import (
+	"math/rand/v2"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 )
@@ -780,5 +782,718 @@ func TestPaperFig2_Leaders_CommitNeedsOwnDisk(t *testing.T) {
 	}
 	if c.persisted(out.save.LSN, 0); c.commitIndex != 3 {
 		t.Errorf("commit index is %d once the own disk has it", c.commitIndex)
+	}
+}
+
+// --- Figure 3 ---
+// Every step of a testCluster checks all five properties; here are the
+// situations that put them to the test.
+
+// Election Safety: at most one leader per term, in whatever order two
+// candidates reach the voters.
+func TestPaperFig3_ElectionSafety(t *testing.T) {
+	for order := range 8 {
+		tc := newTestCluster(t, "a", "b", "c", "d", "e")
+		a, b := tc.node("a"), tc.node("b")
+		tc.timeout(a)
+		tc.timeout(b)
+		for i, voter := range []memberID{3, 4, 5} {
+			first, second := a.id, b.id
+			if order>>i&1 == 1 {
+				first, second = second, first
+			}
+			tc.deliver(tc.take(tc.between(first, voter)[0]))
+			tc.deliver(tc.take(tc.between(second, voter)[0]))
+		}
+		tc.settle()
+		if len(tc.leaders) != 1 {
+			t.Errorf("order %d: leaders are %v, want one", order, tc.leaders)
+		}
+	}
+}
+
+// Leader Append-Only: nothing that arrives makes a leader overwrite or delete
+// entries of its log. (§5.3, §5.4.1: entries flow from leaders to followers.)
+func TestPaperFig3_LeaderAppendOnly(t *testing.T) {
+	c := restarted(t, 1, 3, HardState{Term: 2}, 1, 2)
+	sent := elect(t, c)
+	proposeOne(t, c, "x")
+	want := []Term{0, 1, 2, 3, 3}
+	for _, a := range []*appendArgs{appendFrom(2, EntryID{1, 0}, 3, 2, 2), appendFrom(1, EntryID{0, 0}, 0), appendFrom(2, EntryID{5, 2}, 0)} {
+		if r := hear(t, c, a); r.Success || c.role != Leader {
+			t.Errorf("a deposed leader's append after %v: %+v, %v", a.Prev, r, c.role)
+		}
+		wantLog(t, c, want...)
+	}
+	c.onAppendReply(2, appendsTo(2, sent)[0], &appendReply{Term: 3, Hint: EntryID{0, 0}})
+	persist(t, c)
+	wantLog(t, c, want...)
+}
+
+// Log Matching: if two logs have an entry with the same index and term, they
+// are equal up to it. A follower with anything else in front refuses.
+func TestPaperFig3_LogMatching(t *testing.T) {
+	for _, f := range figure7 {
+		tc := figure7Cluster(t, f.log)
+		tc.elect(tc.node("leader"))
+		tc.settle() // testCluster compares the logs after every step
+		if l, f := tc.node("leader").terms(), tc.node("follower").terms(); !slices.Equal(l, f) {
+			t.Errorf("the logs are %v and %v", l, f)
+		}
+	}
+}
+
+// --- §5.1, Raft basics ---
+
+// Only the leader takes commands; the others say who it is.
+func TestPaper51_OnlyLeaderTakesCommands(t *testing.T) {
+	c := testCore(t, 1, 3)
+	refuses := func() {
+		t.Helper()
+		var b entryBuilder
+		b.add(entryCommand, []byte("x"))
+		if id, ok := c.propose(&b); ok || c.log.last != 1 {
+			t.Errorf("a %v appended entry %v", c.role, id)
+		}
+	}
+	refuses()
+	campaignNow(t, c)
+	refuses()
+	if c.onVoteReply(2, &voteArgs{Term: 1}, &voteReply{Term: 1, Granted: true}); c.role != Leader {
+		t.Fatalf("role is %v", c.role)
+	}
+	proposeOne(t, c, "x")
+}
+
+// Terms are numbered with consecutive integers, each begins with an election,
+// and one whose election nobody wins ends without a leader.
+func TestPaper51_TermsAreConsecutive(t *testing.T) {
+	tc := newTestCluster(t, "a", "b")
+	a, b := tc.node("a"), tc.node("b")
+	for term := Term(1); term <= 4; term++ {
+		tc.now = tc.now.Add(time.Minute)
+		tc.step(a, (*core).tick)
+		tc.step(b, (*core).tick)
+		tc.settle()
+		wantState(t, a.core, Candidate, term, 1)
+		wantState(t, b.core, Candidate, term, 2)
+	}
+	if len(tc.leaders) != 0 {
+		t.Errorf("leaders are %v after split votes", tc.leaders)
+	}
+	tc.elect(a)
+	wantState(t, a.core, Leader, 5, 1)
+}
+
+// Terms are exchanged whenever servers communicate: also a refusal brings the
+// one that is behind up to date.
+func TestPaper51_TermsAreExchanged(t *testing.T) {
+	for _, late := range []Term{1, 6} {
+		c := restarted(t, 1, 3, HardState{Term: late}, 1)
+		if r := hear(t, c, appendFrom(4, EntryID{9, 4}, 0)); r.Term != max(late, 4) {
+			t.Errorf("term %d heard from one of term 4: answers %+v", late, r)
+		}
+		c = restarted(t, 1, 3, HardState{Term: late}, 1)
+		if r := askVote(t, c, 2, 4, EntryID{1, 0}); r.Term != max(late, 4) || r.Granted {
+			t.Errorf("term %d asked by one of term 4: answers %+v", late, r)
+		}
+	}
+}
+
+// Requests that are not answered are repeated, and all servers are asked in
+// parallel. (An append is repeated after an election timeout or when its
+// connection breaks; votes are asked for anew, in the next term.)
+func TestPaper51_RequestsAreRepeated(t *testing.T) {
+	c := testCore(t, 1, 3)
+	c.limits.checkQuorum = false
+	first := appendsTo(2, elect(t, c))
+	c.now = c.now.Add(c.limits.electionTimeout - 1)
+	c.heartbeat()
+	if again := appendsTo(2, persist(t, c)); len(again) != 0 {
+		t.Errorf("repeated %+v too early", again)
+	}
+	c.now = c.now.Add(1)
+	c.heartbeat()
+	again := appendsTo(2, persist(t, c))
+	if len(again) != 1 || again[0].Prev != first[0].Prev || again[0].lastIndex() != first[0].lastIndex() {
+		t.Errorf("sent %+v, want %+v again", again, first)
+	}
+}
+
+// --- §5.2, Leader election ---
+
+// Servers start up as followers, also those that led before.
+func TestPaper52_StartsAsFollower(t *testing.T) {
+	wantState(t, testCore(t, 1, 3), Follower, 0, 0)
+	wantState(t, restarted(t, 1, 3, HardState{Term: 4, VotedFor: 1}, 1, 4), Follower, 4, 1)
+	wantState(t, testCore(t, 1, 1), Follower, 0, 0)
+}
+
+// A server remains a follower as long as it hears from a leader, which sends
+// heartbeats to all followers to that end.
+func TestPaper52_HeartbeatsPreventElections(t *testing.T) {
+	tc := newTestCluster(t, "a", "b", "c")
+	tc.elect(tc.node("a"))
+	tc.run(time.Minute)
+	if len(tc.leaders) != 1 || tc.node("a").core.role != Leader || tc.node("b").core.currentTerm != 1 {
+		t.Errorf("leaders are %v", tc.leaders)
+	}
+	tc.crash(tc.node("a"))
+	tc.run(4 * time.Second)
+	if l := tc.leader(); l == nil {
+		t.Error("nobody leads after the leader's crash")
+	}
+}
+
+// A server votes for at most one candidate in a term, first come, first
+// served, however often and by whomever it is asked.
+func TestPaper52_FirstComeFirstServed(t *testing.T) {
+	c := testCore(t, 1, 5)
+	for i, v := range []struct {
+		candidate memberID
+		want      bool
+	}{{3, true}, {2, false}, {3, true}, {4, false}, {3, true}} {
+		if r := askVote(t, c, v.candidate, 1, EntryID{9, 0}); r.Granted != v.want {
+			t.Errorf("request %d, by member %d: %+v, want granted %v", i, v.candidate, r, v.want)
+		}
+	}
+}
+
+// Votes count for the term in which they were asked for only.
+func TestPaper52_VotesOfTheSameTerm(t *testing.T) {
+	c := testCore(t, 1, 5)
+	old := votesAsked(campaignNow(t, c))
+	asked := votesAsked(campaignNow(t, c))
+	c.onVoteReply(2, old[0], &voteReply{Term: 1, Granted: true})
+	c.onVoteReply(3, old[1], &voteReply{Term: 1, Granted: true})
+	wantState(t, c, Candidate, 2, 1)
+	c.onVoteReply(2, asked[0], &voteReply{Term: 2, Granted: true})
+	wantState(t, c, Candidate, 2, 1)
+	c.onVoteReply(3, asked[1], &voteReply{Term: 2, Granted: true})
+	wantState(t, c, Leader, 2, 1)
+}
+
+// Election timeouts are drawn at random from a fixed interval, here from T to
+// 2T, and anew at the start of each election.
+func TestPaper52_RandomizedTimeouts(t *testing.T) {
+	c := testCore(t, 1, 3)
+	timeout := c.limits.electionTimeout
+	var quarters [4]int
+	draw := func() {
+		d := c.electionDeadline.Sub(c.now)
+		if d < timeout || d >= 2*timeout {
+			t.Fatalf("drew %v, want one from %v to %v", d, timeout, 2*timeout)
+		}
+		quarters[4*(d-timeout)/timeout]++
+	}
+	for range 200 {
+		draw()
+		campaignNow(t, c)
+	}
+	for range 200 {
+		hear(t, c, appendFrom(c.currentTerm, EntryID{1, 0}, 0))
+		draw()
+	}
+	for i, n := range quarters {
+		if n < 50 {
+			t.Errorf("%d of 400 draws are from quarter %d of the interval", n, i+1)
+		}
+	}
+}
+
+// Split votes are rare and resolved quickly: nodes that begin at one time have
+// a leader within a few timeouts.
+func TestPaper52_SplitVotesAreResolved(t *testing.T) {
+	for seed := range uint64(20) {
+		tc := newTestCluster(t, "a", "b", "c", "d", "e")
+		for _, n := range tc.nodes {
+			n.seed += seed * 100
+			tc.boot(restartedNode(tc, n))
+		}
+		tc.run(5 * time.Second)
+		if tc.leader() == nil {
+			t.Errorf("seed %d: no leader after five timeouts", seed)
+		}
+	}
+}
+
+// restartedNode crashes n, for it to boot again.
+func restartedNode(tc *testCluster, n *testNode) *testNode {
+	tc.crash(n)
+	return n
+}
+
+// --- §5.3, Log replication ---
+
+// A command is appended and sent to all other servers in parallel; once a
+// majority has it, a slow follower delays nothing: one round of requests is
+// enough.
+func TestPaper53_OneRoundToAMajority(t *testing.T) {
+	tc := newTestCluster(t, "a", "b", "c")
+	a := tc.node("a")
+	tc.elect(a)
+	tc.settle()
+	tc.propose(a, "x")
+	for _, id := range []memberID{2, 3} {
+		if sent := tc.between(1, id); len(sent) != 1 || sent[0].req.append.lastIndex() != 3 {
+			t.Fatalf("%d messages to member %d", len(sent), id)
+		}
+	}
+	tc.deliver(tc.take(tc.between(1, 2)[0]))
+	tc.deliver(tc.take(tc.between(2, 1)[0]))
+	if a.core.commitIndex != 3 {
+		t.Errorf("commit index is %d after one follower's answer", a.core.commitIndex)
+	}
+}
+
+// The leader repeats AppendEntries indefinitely, also after the entry is
+// committed, until all followers have all entries.
+func TestPaper53_RetriesUntilAllHaveAll(t *testing.T) {
+	tc := newTestCluster(t, "a", "b", "c")
+	a, c := tc.node("a"), tc.node("c")
+	tc.elect(a)
+	tc.settle()
+	tc.crash(c)
+	for range 30 {
+		tc.propose(a, "x")
+	}
+	tc.run(time.Minute)
+	if a.core.commitIndex != 32 || a.core.role != Leader {
+		t.Fatalf("%v with commit index %d", a.core.role, a.core.commitIndex)
+	}
+	tc.boot(c)
+	tc.run(2 * time.Second)
+	if !slices.Equal(c.terms(), a.terms()) || c.core.commitIndex != 32 {
+		t.Errorf("log %v with commit index %d", c.terms(), c.core.commitIndex)
+	}
+}
+
+// Committing an entry commits all before it, those of earlier leaders
+// included, and followers hear of it with the next AppendEntries or heartbeat.
+func TestPaper53_CommitIndexReachesFollowers(t *testing.T) {
+	for name, tell := range map[string]func(*testCluster, *testNode){
+		"heartbeat":     func(tc *testCluster, a *testNode) { tc.step(a, (*core).heartbeat) },
+		"AppendEntries": func(tc *testCluster, a *testNode) { tc.propose(a, "x") },
+	} {
+		tc := newTestCluster(t, "a", "b", "c")
+		for _, n := range tc.nodes {
+			tc.install(n, HardState{Term: 3}, 1, 1, 3)
+		}
+		a, b := tc.node("a"), tc.node("b")
+		tc.elect(a)
+		tc.settle()
+		if a.core.commitIndex != 5 || b.core.commitIndex != 0 {
+			t.Fatalf("commit indexes are %d and %d, want 5 and 0", a.core.commitIndex, b.core.commitIndex)
+		}
+		tell(tc, a)
+		tc.settle()
+		if b.core.commitIndex != 5 {
+			t.Errorf("%s: the follower's commit index is %d", name, b.core.commitIndex)
+		}
+	}
+}
+
+// A leader creates at most one entry with an index in a term, and entries
+// never change their position.
+func TestPaper53_OneEntryPerIndex(t *testing.T) {
+	c := testCore(t, 1, 1)
+	elect(t, c)
+	for i := Index(3); i < 20; i++ {
+		var b entryBuilder
+		b.add(entryCommand, []byte{byte(i)})
+		first, ok := c.propose(&b)
+		if persist(t, c); !ok || first != (EntryID{i, 1}) {
+			t.Fatalf("proposed entry %v, want %d", first, i)
+		}
+	}
+	for i := Index(3); i < 20; i++ {
+		e, ok := c.log.from(i, i, 1)
+		if !ok || e[0].entry(0).Index != i || e[0].data(0)[0] != byte(i) {
+			t.Errorf("entry %d is %+v", i, e)
+		}
+	}
+}
+
+// figure7 is the figure's followers, as terms from the paper's index 1 on. An
+// index here is one higher: entry 1 is the configuration.
+var figure7Leader = []Term{1, 1, 1, 4, 4, 5, 5, 6, 6, 6}
+
+var figure7 = []struct {
+	name string
+	log  []Term
+	most int // requests that may be refused until the logs agree: one per term to skip
+}{
+	{"a", []Term{1, 1, 1, 4, 4, 5, 5, 6, 6}, 1},
+	{"b", []Term{1, 1, 1, 4}, 1},
+	{"c", []Term{1, 1, 1, 4, 4, 5, 5, 6, 6, 6, 6}, 0},
+	{"d", []Term{1, 1, 1, 4, 4, 5, 5, 6, 6, 6, 7, 7}, 0},
+	{"e", []Term{1, 1, 1, 4, 4, 4, 4}, 2},
+	{"f", []Term{1, 1, 1, 2, 2, 2, 3, 3, 3, 3, 3}, 2},
+}
+
+// figure7Cluster is the leader to be, one follower of the figure, and a server
+// whose vote it gets.
+func figure7Cluster(t *testing.T, follower []Term) *testCluster {
+	tc := newTestCluster(t, "leader", "follower", "voter")
+	tc.install(tc.node("leader"), HardState{Term: 7}, figure7Leader...)
+	tc.install(tc.node("follower"), HardState{Term: 7}, follower...)
+	tc.install(tc.node("voter"), HardState{Term: 7})
+	return tc
+}
+
+// Figure 7: a follower may lack entries, have extra ones, or both. The leader
+// makes each of (a) to (f) like its own, backing up by terms.
+func TestPaper53_Figure7(t *testing.T) {
+	for _, v := range figure7 {
+		t.Run(v.name, func(t *testing.T) {
+			tc := figure7Cluster(t, v.log)
+			leader, follower := tc.node("leader"), tc.node("follower")
+			tc.elect(leader)
+			refused := 0
+			for len(tc.net) > 0 {
+				m := tc.take(tc.net[0])
+				if m.from == follower.id && m.reply != nil && m.reply.appendReply != nil && !m.reply.appendReply.Success {
+					refused++
+				}
+				tc.deliver(m)
+			}
+			want := append(append([]Term{0}, figure7Leader...), 8)
+			if got := follower.terms(); !slices.Equal(got, want) {
+				t.Errorf("log is %v, want %v", got, want)
+			}
+			if !slices.Equal(leader.terms(), want) {
+				t.Errorf("the leader's log became %v", leader.terms())
+			}
+			if refused > v.most {
+				t.Errorf("%d requests were refused, want at most %d", refused, v.most)
+			}
+		})
+	}
+}
+
+// The optimization: a refusal lets the leader skip all conflicting entries of a
+// term, not one entry each time.
+func TestPaper53_OneRefusalPerTerm(t *testing.T) {
+	c := restarted(t, 1, 3, HardState{Term: 5}, 1, 1, 3, 3, 3, 3)
+	r := hear(t, c, appendFrom(6, EntryID{7, 2}, 0))
+	if r.Success || r.Hint != (EntryID{3, 1}) {
+		t.Errorf("answers %+v: want entry 3, the newest that a log whose entry 7 is of term 2 can share", r)
+	}
+	r = hear(t, c, appendFrom(6, EntryID{12, 4}, 0))
+	if r.Success || r.Hint != (EntryID{7, 3}) {
+		t.Errorf("answers %+v: want entry 7, its last", r)
+	}
+	leader := restarted(t, 1, 3, HardState{Term: 5}, 1, 1, 2, 2, 2, 2)
+	first := appendsTo(2, elect(t, leader))[0]
+	leader.onAppendReply(2, first, &appendReply{Term: 6, Hint: EntryID{7, 1}})
+	if a := appendsTo(2, persist(t, leader)); len(a) != 1 || a[0].Prev != (EntryID{3, 1}) {
+		t.Errorf("after a hint of term 1 sent %+v, want a probe after its own last of term 1, entry 3", a)
+	}
+}
+
+// Once AppendEntries succeeds, the follower's log equals the leader's up to
+// there, and stays so for the rest of the term: nothing more is refused.
+func TestPaper53_ConsistentForTheTerm(t *testing.T) {
+	tc := figure7Cluster(t, figure7[5].log)
+	leader := tc.node("leader")
+	tc.elect(leader)
+	tc.settle()
+	tc.trace.Reset()
+	for range 10 {
+		tc.propose(leader, "x")
+		tc.step(leader, (*core).heartbeat)
+		tc.settle()
+	}
+	if strings.Contains(tc.trace.String(), "refused") {
+		t.Error("a request was refused after one had succeeded")
+	}
+	if !slices.Equal(leader.terms(), tc.node("follower").terms()) {
+		t.Errorf("logs are %v and %v", leader.terms(), tc.node("follower").terms())
+	}
+}
+
+// --- §5.4, Safety ---
+
+// §5.4.1: a voter refuses a candidate whose log is less up-to-date: the later
+// last term decides, then the longer log.
+func TestPaper541_UpToDate(t *testing.T) {
+	for _, v := range []struct {
+		own, candidate []Term
+		want           bool
+	}{
+		{[]Term{1}, []Term{1}, true},
+		{[]Term{1}, []Term{1, 1}, true},
+		{[]Term{1, 1}, []Term{1}, false},
+		{[]Term{1}, []Term{2}, true},
+		{[]Term{1, 1, 1}, []Term{2}, true},
+		{[]Term{2}, []Term{1, 1, 1}, false},
+		{nil, nil, true},
+		{nil, []Term{1}, true},
+		{[]Term{1}, nil, false},
+	} {
+		c := restarted(t, 1, 3, HardState{Term: 2}, v.own...)
+		other := restarted(t, 2, 3, HardState{Term: 2}, v.candidate...)
+		a := votesAsked(campaignNow(t, other))[0]
+		if r := answerVote(t, c, a); r.Granted != v.want || r.Term != 3 {
+			t.Errorf("%v asked by %v: %+v, want granted %v", v.own, v.candidate, r, v.want)
+		}
+	}
+}
+
+// §5.4.1: so a server that lacks a committed entry can't be elected, however
+// often it campaigns.
+func TestPaper541_ElectionRestriction(t *testing.T) {
+	tc := newTestCluster(t, "a", "b", "c")
+	a, c := tc.node("a"), tc.node("c")
+	tc.elect(a)
+	tc.deliver(tc.take(tc.between(1, 2)[0])) // entry 2 reaches b, not c
+	tc.deliver(tc.take(tc.between(2, 1)[0]))
+	if a.core.commitIndex != 2 {
+		t.Fatalf("commit index is %d", a.core.commitIndex)
+	}
+	tc.crash(a)
+	for range 5 {
+		tc.timeout(c)
+		tc.settle()
+		if c.core.role == Leader {
+			t.Fatal("c leads without the committed entry 2")
+		}
+	}
+	tc.elect(tc.node("b"))
+	tc.settle()
+	if !slices.Equal(c.terms(), tc.node("b").terms()) {
+		t.Errorf("c's log is %v", c.terms())
+	}
+}
+
+// §5.4.2: entries of earlier terms keep their term numbers when a later leader
+// replicates them.
+func TestPaper542_OldEntriesKeepTheirTerm(t *testing.T) {
+	tc := newTestCluster(t, "a", "b", "c")
+	tc.install(tc.node("a"), HardState{Term: 6}, 2, 2, 5)
+	tc.elect(tc.node("a"))
+	tc.settle()
+	if got, want := tc.node("c").terms(), []Term{0, 2, 2, 5, 7}; !slices.Equal(got, want) {
+		t.Errorf("c's log is %v, want %v", got, want)
+	}
+}
+
+// §5.4.2, Figure 8: only entries of the leader's own term are committed by
+// counting replicas. testdata/scripts/figure8.txt tells the whole figure.
+func TestPaper542_Figure8(t *testing.T) {
+	for _, ownTermOnMajority := range []bool{false, true} {
+		tc := newTestCluster(t, "s1", "s2", "s3", "s4", "s5")
+		s1, s5 := tc.node("s1"), tc.node("s5")
+		s1.limits.maxFrameBytes = 1 // one entry per request
+		tc.install(s1, HardState{Term: 3}, 1, 2)
+		tc.install(tc.node("s2"), HardState{Term: 3}, 1, 2)
+		tc.install(tc.node("s3"), HardState{Term: 2}, 1)
+		tc.install(tc.node("s4"), HardState{Term: 3}, 1)
+		tc.install(s5, HardState{Term: 3}, 1, 3)
+		// (c): s1 leads again, in term 4, and brings entry 3 of term 2 to s3.
+		tc.cut(1, 5)
+		tc.elect(s1)
+		tc.cut(1, 4)
+		for _, id := range []memberID{2, 3, 3} {
+			tc.deliver(tc.take(tc.between(1, id)[0]))
+			tc.deliver(tc.take(tc.between(id, 1)[0]))
+		}
+		if s1.core.quorumMatch() != 3 || s1.core.commitIndex != 0 {
+			t.Fatalf("a majority has %d, commit index is %d; want 3 and 0", s1.core.quorumMatch(), s1.core.commitIndex)
+		}
+		if ownTermOnMajority { // (e): and its own entry, too
+			tc.settle()
+			if s1.core.commitIndex != 4 {
+				t.Fatalf("commit index is %d, want 4", s1.core.commitIndex)
+			}
+		}
+		// (d): s1 crashes, and s5 campaigns until its term is high enough.
+		tc.crash(s1)
+		tc.net, tc.cuts = nil, nil
+		for range 2 {
+			tc.timeout(s5)
+			tc.settle()
+		}
+		if led := s5.core.role == Leader; led == ownTermOnMajority {
+			t.Errorf("entry of term 4 on a majority: %v; s5 leads: %v", ownTermOnMajority, led)
+		}
+	}
+}
+
+// §5.4.3, Figure 9: a leader of a later term was elected by at least one
+// server that has any entry committed before, whichever majorities they were.
+func TestPaper543_Figure9(t *testing.T) {
+	for commits := range 32 { // who gets s1's entry, as a set
+		for candidate := memberID(2); candidate <= 5; candidate++ {
+			tc := newTestCluster(t, "s1", "s2", "s3", "s4", "s5")
+			s1 := tc.node("s1")
+			tc.elect(s1)
+			for id := memberID(2); id <= 5; id++ {
+				if m := tc.take(tc.between(1, id)[0]); commits>>(id-1)&1 == 1 {
+					tc.deliver(m)
+				}
+			}
+			tc.settle()
+			tc.crash(s1)
+			tc.timeout(tc.node(tc.name(candidate)))
+			tc.settle() // a leader without a committed entry would be noticed
+		}
+		if commits&1 == 1 {
+			break // s1 always has it: the sets without its bit are all
+		}
+	}
+}
+
+// --- §5.5, Follower and candidate crashes ---
+
+// A server that crashes after it did what a request says and before it
+// answered receives the request again: that does no harm.
+func TestPaper55_RequestsAreIdempotent(t *testing.T) {
+	tc := newTestCluster(t, "a", "b", "c")
+	a, b := tc.node("a"), tc.node("b")
+	tc.timeout(a)
+	vote := tc.between(1, 2)[0]
+	for range 2 { // the answer to the first one is lost in b's crash
+		tc.net = nil
+		tc.crash(b)
+		tc.boot(b)
+		tc.deliver(vote)
+		if r := tc.between(2, 1)[0].reply.voteReply; !r.Granted {
+			t.Fatalf("answers %+v", r)
+		}
+	}
+	tc.settle()
+	appended := &testMessage{from: 1, to: 2, req: message{to: 2, append: appendFromMember1(a, 2)}}
+	for range 2 {
+		tc.crash(b)
+		tc.boot(b)
+		tc.deliver(appended)
+		wantLog(t, b.core, 0, 1)
+		if r := tc.take(tc.between(2, 1)[0]).reply; !r.appendReply.Success || r.match != 2 {
+			t.Errorf("answers %+v", r)
+		}
+	}
+	if b.core.log.truncations != 0 {
+		t.Error("the repeated request truncated the log")
+	}
+}
+
+// appendFromMember1 is the append with which leader a filled its follower's log
+// from entry 2 to last.
+func appendFromMember1(a *testNode, last Index) *appendArgs {
+	e, _ := a.core.log.from(2, last, 1<<20)
+	return &appendArgs{Term: a.core.currentTerm, Leader: 1, Seq: 1, Prev: EntryID{1, 0}, Entries: e}
+}
+
+// --- §5.6, Timing and availability ---
+
+// Safety does not depend on timing: whatever happens in whatever order, with
+// clocks that jump, the properties of Figure 3 hold after every step.
+func TestPaper56_SafetyWithoutTiming(t *testing.T) {
+	elections, commits := 0, 0
+	for seed := range uint64(30) {
+		dice := rand.New(rand.NewPCG(seed, 56))
+		tc := newTestCluster(t, "a", "b", "c", "d", "e")
+		for range 400 {
+			n := tc.nodes[dice.IntN(5)]
+			switch k := dice.IntN(100); {
+			case k < 70 && len(tc.net) > 0:
+				m := tc.net[dice.IntN(len(tc.net))]
+				if dice.IntN(10) > 0 {
+					tc.take(m)
+				}
+				if dice.IntN(10) > 0 {
+					tc.deliver(m)
+				}
+			case n.core == nil:
+				tc.boot(n)
+			case k < 80 && n.core.role == Leader:
+				tc.propose(n, "x")
+			case k < 86:
+				tc.step(n, (*core).heartbeat)
+			case k < 90:
+				tc.timeout(n)
+			case k < 92:
+				tc.crash(n)
+			case k < 94:
+				n.slow = !n.slow
+				tc.flush(n)
+			case k < 97:
+				tc.now = tc.now.Add(-time.Duration(dice.IntN(1000)) * time.Millisecond)
+			}
+		}
+		elections, commits = elections+len(tc.leaders), commits+len(tc.committed)
+	}
+	if elections < 30 || commits < 60 {
+		t.Errorf("%d elections and %d commits show little", elections, commits)
+	}
+}
+
+// Availability: a majority that can talk makes progress, and less does not.
+func TestPaper56_MajorityIsEnough(t *testing.T) {
+	tc := newTestCluster(t, "a", "b", "c", "d", "e")
+	tc.crash(tc.node("a"))
+	tc.crash(tc.node("b"))
+	tc.run(5 * time.Second)
+	l := tc.leader()
+	if l == nil || l.core.commitIndex < 2 {
+		t.Fatal("three of five servers commit nothing")
+	}
+	for _, n := range tc.nodes {
+		if n.core != nil && n != l {
+			tc.crash(n)
+			break
+		}
+	}
+	tc.propose(l, "x")
+	before := l.core.commitIndex
+	tc.run(5 * time.Second)
+	if tc.leader() != nil || l.core.commitIndex != before {
+		t.Error("two of five servers go on")
+	}
+}
+
+// --- §8, Client interaction ---
+// Sessions (serial numbers) and reads come with ReadIndex and sessions.
+
+// A server that does not lead refuses and names the most recent leader it has
+// heard from; a leader that stepped down names nobody.
+func TestPaper8_RedirectToLeader(t *testing.T) {
+	tc := newTestCluster(t, "a", "b", "c")
+	a, b := tc.node("a"), tc.node("b")
+	if b.core.leader != 0 {
+		t.Errorf("at first the leader is %d", b.core.leader)
+	}
+	tc.elect(a)
+	tc.settle()
+	if b.core.leader != a.id {
+		t.Errorf("the leader is %d", b.core.leader)
+	}
+	tc.elect(tc.node("c"))
+	tc.settle()
+	if b.core.leader != 3 || a.core.leader != 3 {
+		t.Errorf("the leader is %d for b and %d for the former leader, want 3", b.core.leader, a.core.leader)
+	}
+}
+
+// A leader commits a blank no-op at the start of its term: only then does it
+// know which entries are committed.
+func TestPaper8_NoopAtStartOfTerm(t *testing.T) {
+	tc := newTestCluster(t, "a", "b", "c")
+	for _, n := range tc.nodes {
+		tc.install(n, HardState{Term: 1}, 1, 1)
+	}
+	a := tc.node("a")
+	tc.elect(a)
+	e, ok := a.core.log.from(4, 4, 1)
+	if !ok || e[0].kind(0) != entryNoop || e[0].term(0) != 2 || a.core.log.last != 4 || a.core.firstOfTerm != 4 {
+		t.Fatalf("entry 4 is %+v", e)
+	}
+	if a.core.commitIndex != 0 {
+		t.Errorf("commit index is %d before the no-op is on a majority", a.core.commitIndex)
+	}
+	tc.settle()
+	if a.core.commitIndex != 4 {
+		t.Errorf("commit index is %d, want 4", a.core.commitIndex)
 	}
 }
