@@ -59,7 +59,8 @@ func newTestCluster(t *testing.T, names ...string) *testCluster {
 	}
 	t.Cleanup(func() {
 		if t.Failed() && tc.trace.Len() > 0 {
-			t.Logf("what happened:\n%s", tc.trace.String())
+			lines := strings.Split(tc.trace.String(), "\n")
+			t.Logf("what happened last:\n%s", strings.Join(lines[max(0, len(lines)-40):], "\n"))
 		}
 	})
 	return tc
@@ -150,7 +151,7 @@ func (tc *testCluster) step(n *testNode, f func(*core)) {
 	tc.release(n)
 	for _, to := range out.hangups {
 		tc.say("%s hangs up on %s", n.name, tc.name(to))
-		tc.forget(n.id, to)
+		tc.breakConnection(n.id, to)
 	}
 	tc.checkProperties(n)
 	for _, q := range out.reads {

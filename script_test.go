@@ -213,7 +213,8 @@ func (s *script) pair(args []string) (from, to memberID) {
 	return s.node([]string{a}, 0).id, s.node([]string{b}, 0).id
 }
 
-// cluster: NAME... [with prevote|plain ...]
+// cluster: NAME... [with OPTION...]: prevote; plain, without check-quorum; single, one
+// entry per AppendEntries
 func (s *script) cluster(args []string) {
 	names, options := args, []string(nil)
 	if i := slices.Index(args, "with"); i >= 0 {
@@ -225,6 +226,8 @@ func (s *script) cluster(args []string) {
 			switch option {
 			case "prevote":
 				n.limits.preVote = true
+			case "single":
+				n.limits.maxFrameBytes = 1
 			case "plain":
 				n.limits.preVote, n.limits.checkQuorum = false, false
 			default:
