@@ -778,7 +778,7 @@ func TestTidyLayout(t *testing.T) {
 		t.Fatal(err)
 	}
 	listed := map[string]bool{}
-	for _, m := range regexp.MustCompile("(?m)^([a-z_]+\\.go)  ").FindAllSubmatch(design, -1) {
+	for _, m := range regexp.MustCompile(`(?m)^([a-z_]+\.go)  `).FindAllSubmatch(design, -1) {
 		listed[string(m[1])] = true
 	}
 	for _, f := range r.root() {
