@@ -908,6 +908,11 @@ func TestTidyReadmeProgram(t *testing.T) {
 	if n := strings.Count(body, "\n"); n > 31 {
 		t.Errorf("README's program has %d lines without its imports; 30 is the promise", n)
 	}
+	for _, more := range blocks[1:] {
+		if !strings.Contains(readText(t, "example_test.go"), more) {
+			t.Errorf("example_test.go does not hold what README shows:\n%s", more)
+		}
+	}
 	var doc strings.Builder
 	for line := range strings.Lines(blocks[0][strings.Index(blocks[0], "type counter "):]) {
 		doc.WriteString(strings.TrimRight("\t"+line, "\n\t ") + "\n")
