@@ -38,7 +38,7 @@ func TestLostGreeting(t *testing.T) {
 }
 
 // A founder that hears of the decision from another one acts on it at once,
-// however rare heartbeats are.
+// however rare heartbeats are. (All of it in virtual time.)
 func TestFormingDoesNotWaitForHeartbeats(t *testing.T) {
 	virtual(t, 3, func(t *testing.T, h *Harness) {
 		h.CheckSingleLeader()

@@ -38,6 +38,7 @@ var coreImports = map[string][]string{
 	"errors":          nil,
 	"fmt":             {"Errorf", "Sprintf"},
 	"hash/crc32":      {"Update", "MakeTable", "Castagnoli"},
+	"math/bits":       {"Mul64"},
 	"math/rand/v2":    {"Rand"},
 	"slices":          nil,
 	"sort":            {"Search"},
