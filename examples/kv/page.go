@@ -1,10 +1,12 @@
 package main
 
 import (
+	"cmp"
 	_ "embed"
 	"encoding/json"
 	"errors"
 	"net/http"
+	"slices"
 	"time"
 
 	"example.com/raft"
@@ -119,6 +121,7 @@ func (p *page) status(w http.ResponseWriter, r *http.Request) {
 			state.Nodes = append(state.Nodes, others(st)...)
 		}
 	}
+	slices.SortFunc(state.Nodes, func(a, b nodeState) int { return cmp.Compare(a.ID, b.ID) })
 	if source != nil {
 		state.Keys, state.Total = source.newest(shownKeys)
 	}
@@ -149,17 +152,14 @@ func others(st raft.Status) []nodeState {
 			continue
 		}
 		n := nodeState{ID: m.ID, Raft: m.Addr}
-		switch {
-		case m.ID == st.Leader:
+		if m.ID == st.Leader {
 			n.Role, n.Term = raft.Leader.String(), st.Term
-		case st.Leader != "":
-			n.Role = raft.Follower.String()
 		}
 		for _, f := range st.Followers {
 			if f.ID == m.ID && st.Role == raft.Leader {
 				n.Last = f.Match
-				if time.Since(f.LastContact) > silent {
-					n.Role = ""
+				if time.Since(f.LastContact) < silent {
+					n.Role = raft.Follower.String()
 				}
 			}
 		}

@@ -1,0 +1,73 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"testing"
+	"time"
+
+	"example.com/raft"
+)
+
+// A node says of nodes in other processes only what it knows.
+func TestOthers(t *testing.T) {
+	members := []raft.Member{{ID: "a", Addr: "a:1"}, {ID: "b", Addr: "b:1"}, {ID: "c", Addr: "c:1"}}
+	follower := others(raft.Status{ID: "b", Role: raft.Follower, Term: 4, Leader: "a", Members: members})
+	if len(follower) != 2 || follower[0].Role != "Leader" || follower[0].Term != 4 || follower[1].ID != "c" || follower[1].Role != "" {
+		t.Errorf("a follower says %+v", follower)
+	}
+	leader := others(raft.Status{ID: "a", Role: raft.Leader, Term: 4, Leader: "a", Members: members, Followers: []raft.FollowerStatus{
+		{ID: "b", Match: 7, LastContact: time.Now()},
+		{ID: "c", Match: 5, LastContact: time.Now().Add(-2 * silent)},
+	}})
+	if leader[0].Role != "Follower" || leader[0].Last != 7 || leader[1].Role != "" || leader[1].Last != 5 {
+		t.Errorf("a leader says %+v", leader)
+	}
+}
+
+func TestFeed(t *testing.T) {
+	f := newFeed()
+	now := time.Now()
+	at := func(s int) time.Time { return now.Add(time.Duration(s-100) * time.Second) }
+	f.observe("a", raft.Event{Time: at(0), Kind: raft.EventStarted})
+	f.observe("a", raft.Event{Time: at(10), Kind: raft.EventRole, Role: raft.Candidate, Term: 1})
+	f.observe("a", raft.Event{Time: at(11), Kind: raft.EventElected, Term: 1})
+	f.observe("a", raft.Event{Time: at(11), Kind: raft.EventRole, Role: raft.Leader, Term: 1})
+	f.observe("b", raft.Event{Time: at(11), Kind: raft.EventLeader, Peer: "a", Term: 1})
+	f.partitioned("a", true)
+	f.partitioned("a", true)
+	f.observe("a", raft.Event{Time: now, Kind: raft.EventDead, Err: errors.New("disk")})
+
+	// Beyond the span that lasts at the window's beginning nothing is told.
+	_, spans := f.recent(100, 60*time.Second)
+	want := []span{{at(11).UnixMilli(), "Leader", 1, false}, {0, "Leader", 1, true}, {now.UnixMilli(), "Dead", 1, true}}
+	for i, s := range spans["a"] {
+		if i == 1 {
+			s.At = 0
+		}
+		if i >= len(want) || s != want[i] {
+			t.Errorf("span %d is %+v", i, s)
+		}
+	}
+	if len(spans["a"]) != len(want) {
+		t.Errorf("%d spans, want %d", len(spans["a"]), len(want))
+	}
+
+	// Two nodes that repeat themselves take two lines, not hundreds.
+	before, _ := f.recent(maxRecords, time.Minute)
+	for range 100 {
+		f.observe("a", raft.Event{Time: time.Now(), Kind: raft.EventPreVote, Term: 1})
+		f.observe("b", raft.Event{Time: time.Now(), Kind: raft.EventPreVote, Term: 1})
+	}
+	after, _ := f.recent(maxRecords, time.Minute)
+	if len(after) != len(before)+2 || after[0].Times != 100 || after[1].Times != 100 {
+		t.Errorf("%d lines became %d; the newest: %+v", len(before), len(after), after[0])
+	}
+
+	for i := range 10 * maxRecords {
+		f.observe(raft.NodeID(fmt.Sprint(i%3)), raft.Event{Time: time.Now(), Kind: raft.EventVoted, Peer: "a", Term: raft.Term(i)})
+	}
+	if len(f.records) > maxRecords || len(f.spans["0"]) > maxSpans {
+		t.Errorf("the feed holds %d records and %d spans", len(f.records), len(f.spans["0"]))
+	}
+}
