@@ -245,3 +245,11 @@ func makeEntry(kind entryKind, id EntryID, at time.Time, data []byte) Entries {
 func (b *entryBuilder) dataSize(i int) int {
 	return int(binary.LittleEndian.Uint32(b.buf[b.offs[i]+4:]))
 }
+
+// end returns where entry i ends in buf.
+func (b *entryBuilder) end(i int) int {
+	if i+1 < len(b.offs) {
+		return int(b.offs[i+1])
+	}
+	return len(b.buf)
+}

@@ -125,8 +125,6 @@ func (s *Server) codecLimits(ch channel) codecLimits {
 		frameTimeout: 30 * time.Second,
 	}
 	if ch == channelControl {
-		// A forwarded batch is everything that was queued.
-		l.maxBody = max(l.maxBody, s.conf.MaxQueueBytes+s.conf.MaxCommandBytes+4096)
 		l.readBuffer = 4 << 10
 	}
 	return l

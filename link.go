@@ -291,16 +291,14 @@ func (s *Server) forwardAnswered(from memberID, b proposalBatch, r *forwardReply
 	cm := s.cm
 	switch {
 	case err != nil:
-		for _, p := range b.proposals {
-			p.finish(outcomeUnknown(fmt.Errorf("raft: forwarding to the leader: %w", err)))
-		}
+		b.finish(outcomeUnknown(fmt.Errorf("raft: forwarding to the leader: %w", err)))
 	case r.Refusal == forwardAccepted:
 		cm.core.want(r.First.Index + Index(len(b.proposals)) - 1)
 		settle(cm.pending.add(r.First, b.proposals))
 	case r.Refusal == forwardOverloaded:
-		for _, p := range b.proposals {
-			p.finish(ErrOverloaded)
-		}
+		b.finish(ErrOverloaded)
+	case r.Refusal == forwardSize:
+		b.finish(fmt.Errorf("%w for the leader; make Config.MaxCommandBytes alike on all nodes", ErrCommandSize))
 	default:
 		cm.core.notLeading(from)
 		s.putBack(b)

@@ -82,6 +82,7 @@ const (
 	forwardNotLeader  forwardRefusal = 1
 	forwardOverloaded forwardRefusal = 2
 	forwardStopped    forwardRefusal = 3
+	forwardSize       forwardRefusal = 4 // a command is larger than the leader's limit
 )
 
 // message is a request or a reply on its way out of the core. It may leave

@@ -2,6 +2,8 @@ package raft
 
 import (
 	"context"
+	"slices"
+	"sort"
 	"sync"
 	"sync/atomic"
 )
@@ -84,15 +86,38 @@ func (q *proposalQueue) add(cmd []byte, p *Proposal) error {
 	return nil
 }
 
-// take removes everything that is queued and was not abandoned.
-func (q *proposalQueue) take() proposalBatch {
+// take removes what is queued and was not abandoned: the oldest proposals, up to
+// maxBytes encoded but at least one.
+func (q *proposalQueue) take(maxBytes int) proposalBatch {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	b := q.batch
+	b, rest := q.batch.split(maxBytes)
 	q.lastBytes = min(len(b.entries.buf), 1<<20)
-	q.batch = proposalBatch{}
-	q.bytes.Store(0)
+	q.batch = rest
+	q.bytes.Store(int64(len(rest.entries.buf)))
 	return b.taken()
+}
+
+// split returns the longest prefix of at most maxBytes, but at least one
+// proposal, and a copy of what is left.
+func (b proposalBatch) split(maxBytes int) (first, rest proposalBatch) {
+	if len(b.entries.buf) <= maxBytes || len(b.proposals) < 2 {
+		return b, rest
+	}
+	n := sort.Search(len(b.proposals), func(i int) bool { return i > 0 && b.entries.end(i) > maxBytes })
+	n = max(n, 1)
+	if n == len(b.proposals) {
+		return b, rest
+	}
+	cut := int(b.entries.offs[n])
+	rest.proposals = slices.Clone(b.proposals[n:])
+	rest.entries.buf = slices.Clone(b.entries.buf[cut:])
+	for _, off := range b.entries.offs[n:] {
+		rest.entries.offs = append(rest.entries.offs, off-uint32(cut))
+	}
+	b.proposals, b.entries.offs = b.proposals[:n:n], b.entries.offs[:n:n]
+	b.entries.buf = b.entries.buf[:cut:cut]
+	return b, rest
 }
 
 // taken marks all proposals as taken and leaves out those that were abandoned.
@@ -112,15 +137,19 @@ func (b proposalBatch) taken() proposalBatch {
 		if p == nil {
 			continue
 		}
-		end := len(b.entries.buf)
-		if i+1 < len(b.entries.offs) {
-			end = int(b.entries.offs[i+1])
-		}
+		end := b.entries.end(i)
 		kept.entries.offs = append(kept.entries.offs, uint32(len(kept.entries.buf)))
 		kept.entries.buf = append(kept.entries.buf, b.entries.buf[b.entries.offs[i]:end]...)
 		kept.proposals = append(kept.proposals, p)
 	}
 	return kept
+}
+
+// finish answers every proposal with err.
+func (b proposalBatch) finish(err error) {
+	for _, p := range b.proposals {
+		p.finish(err)
+	}
 }
 
 // putBack returns a batch that certainly was appended nowhere to the front.

@@ -2,6 +2,7 @@ package raft
 
 import (
 	"context"
+	"math"
 	"math/rand/v2"
 	"sync"
 	"sync/atomic"
@@ -207,7 +208,11 @@ func (cm *ConsensusModule) takeProposals() {
 	c := cm.core
 	threshold := cm.threshold()
 	if n := cm.queue.bytes.Load(); n > 0 && n >= threshold {
-		b := cm.queue.take()
+		limit := math.MaxInt
+		if c.role != Leader {
+			limit = c.limits.maxFrameBytes // heartbeats must not queue behind a large forward
+		}
+		b := cm.queue.take(limit)
 		switch {
 		case len(b.proposals) == 0: // all were given up
 		case c.role == Leader:

@@ -305,7 +305,8 @@ func (v *service) Forward(args *call[forwardArgs], reply *call[forwardReply]) er
 	}
 	for i := range b.offs {
 		if size := b.dataSize(i); size == 0 || size > v.conn.server.conf.MaxCommandBytes {
-			return ErrCommandSize
+			reply.V.Refusal = forwardSize
+			return nil
 		}
 	}
 	v.conn.server.cm.step(func(c *core) {

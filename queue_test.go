@@ -1,0 +1,84 @@
+package raft
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"testing"
+	"time"
+)
+
+func newQueued(q *proposalQueue, cmd string) *Proposal {
+	p := &Proposal{done: make(chan struct{})}
+	if err := q.add([]byte(cmd), p); err != nil {
+		p.finish(err)
+	}
+	return p
+}
+
+// commandsOf returns what a batch would append.
+func commandsOf(b proposalBatch) (out []string) {
+	e := b.entries.seal(1, 1, time.Unix(1, 0))
+	parsed, err := ParseEntries(1, e.Encoded())
+	if err != nil {
+		return []string{err.Error()}
+	}
+	for i := range parsed.Len() {
+		out = append(out, string(parsed.data(i)))
+	}
+	return out
+}
+
+// A batch is at most as large as asked for, but at least one proposal; order is
+// kept, also when it is put back before what came meanwhile, and abandoned
+// proposals are left out.
+func TestQueueTakesInOrder(t *testing.T) {
+	q := proposalQueue{maxBytes: 1 << 20}
+	var want []string
+	var ps []*Proposal
+	for i := range 10 {
+		cmd := fmt.Sprintf("command%d", i)
+		ps = append(ps, newQueued(&q, cmd))
+		want = append(want, cmd)
+	}
+	one := entryHeaderBytes + len("command0")
+	if got := commandsOf(q.take(1)); fmt.Sprint(got) != "[command0]" {
+		t.Errorf("the minimum is one proposal, got %v", got)
+	}
+	b := q.take(3*one + 1)
+	if len(b.proposals) != 3 || b.proposals[0] != ps[1] {
+		t.Fatalf("took %d proposals, want 3 from the second on", len(b.proposals))
+	}
+	newQueued(&q, "late")
+	if err := q.putBack(b); err != nil {
+		t.Fatal(err)
+	}
+	if !ps[2].abandon() || !ps[7].abandon() {
+		t.Fatal("a queued proposal can't be abandoned")
+	}
+	got := commandsOf(q.take(1 << 20))
+	if want := append(append(append([]string{want[1]}, want[3:7]...), want[8:]...), "late"); fmt.Sprint(got) != fmt.Sprint(want) {
+		t.Errorf("took %v, want %v", got, want)
+	}
+	if ps[3].abandon() {
+		t.Error("a proposal that was taken could be abandoned")
+	}
+	if q.bytes.Load() != 0 {
+		t.Errorf("%d bytes are left", q.bytes.Load())
+	}
+}
+
+func TestQueueIsBounded(t *testing.T) {
+	q := proposalQueue{maxBytes: 1000}
+	big := string(bytes.Repeat([]byte{'x'}, 900))
+	first, second := newQueued(&q, big), newQueued(&q, big)
+	if first.err != nil || !errors.Is(second.err, ErrOverloaded) {
+		t.Errorf("got %v and %v, want nil and ErrOverloaded", first.err, second.err)
+	}
+	if rejected := q.close(ErrStopped); len(rejected) != 1 || rejected[0] != first {
+		t.Errorf("close rejects %d proposals, want the one queued", len(rejected))
+	}
+	if third := newQueued(&q, "x"); !errors.Is(third.err, ErrStopped) {
+		t.Errorf("a closed queue says %v", third.err)
+	}
+}
