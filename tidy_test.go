@@ -559,13 +559,12 @@ func (r *repo) sleeps(t *testing.T, dir string, f *repoFile, bubbles []string) {
 		if !ok || s.Sel.Name != "Sleep" || imported(f, s.X) != "time" {
 			return true
 		}
-		for i, up := range stack[:len(stack)-1] {
+		for _, up := range stack[:len(stack)-1] {
 			if d, ok := up.(*ast.FuncDecl); ok && f.test() && strings.Contains(d.Doc.Text(), "in virtual time") {
 				return true
 			}
-			call, ok := up.(*ast.CallExpr)
-			if _, inside := stack[i+1].(*ast.FuncLit); ok && inside && f.inBubble(call.Fun, bubbles) {
-				return true
+			if call, ok := up.(*ast.CallExpr); ok && f.inBubble(call.Fun, bubbles) {
+				return true // within a function that it is given
 			}
 		}
 		t.Errorf("%s (in %s) sleeps outside a bubble of testing/synctest; wait for a channel, or use virtual time", r.at(n), dir)
