@@ -276,7 +276,9 @@ func (tc *testCluster) run(d time.Duration) {
 			if n.core.role == Leader && tc.now.Sub(simEpoch)%n.limits.heartbeatInterval < grain {
 				tc.step(n, (*core).heartbeat)
 			}
-			tc.step(n, (*core).tick)
+			if !tc.now.Before(n.core.electionDeadline) {
+				tc.step(n, (*core).tick)
+			}
 		}
 		tc.settle()
 	}
@@ -370,9 +372,13 @@ func (tc *testCluster) checkProperties(n *testNode) {
 		}
 		theirs := o.terms()
 		for i := min(len(own), len(theirs)) - 1; i >= 0; i-- {
-			if own[i] == theirs[i] && !slices.Equal(own[:i], theirs[:i]) {
+			if own[i] != theirs[i] {
+				continue
+			}
+			if !slices.Equal(own[:i], theirs[:i]) {
 				tc.t.Fatalf("%s has %v and %s has %v: the logs agree at %d, but not before", n.name, own, o.name, theirs, i+1)
 			}
+			break
 		}
 	}
 }
