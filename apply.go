@@ -77,7 +77,7 @@ func (a *applier) next() (Entries, bool) {
 	if !inMemory {
 		var err error
 		runs, err = cm.storage.Read(lo, hi, applyBatchBytes)
-		cm.diskUsers.leave()
+		cm.leaveDisk()
 		if err != nil {
 			cm.fail(fmt.Errorf("raft: read entry %d to apply it: %w", lo, err))
 			return Entries{}, false
@@ -104,6 +104,9 @@ func (a *applier) apply(run Entries) (results [][]byte, err error) {
 		return results, nil
 	}
 	for i := range run.Len() {
+		if isClosed(a.cm.done) {
+			break // Close says that no further call follows the one that runs; tell sees it too
+		}
 		if run.kind(i) == entryCommand {
 			e := run.entry(i)
 			current = e.Index

@@ -142,8 +142,9 @@ func (s *Server) startForming() {
 		return
 	}
 	s.formation = f
-	s.cm.diskUsers.add()
-	s.cm.start(s.runForming)
+	if s.cm.start(s.runForming) {
+		s.cm.diskUsers.add()
+	}
 }
 
 func (s *Server) emit(e Event) {
@@ -154,7 +155,7 @@ func (s *Server) emit(e Event) {
 // runForming asks the other founders until entry 1 is decided, makes it
 // durable, and puts the node into its cluster. It ends then, or with the node.
 func (s *Server) runForming() {
-	defer s.cm.diskUsers.leave()
+	defer s.cm.leaveDisk()
 	said := ""
 	for {
 		s.cm.mu.Lock()
@@ -311,7 +312,7 @@ func (s *Server) answerFormed() (formAnswer, error) {
 	if !ok {
 		var err error
 		runs, err = s.storage.Read(1, 1, 1)
-		s.cm.diskUsers.leave()
+		s.cm.leaveDisk()
 		if err != nil {
 			return formAnswer{}, err
 		}

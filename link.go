@@ -100,7 +100,7 @@ func (l *link) leave() bool {
 // run owns the link until it was idle for a while or the node stops.
 func (l *link) run() {
 	s := l.server
-	defer s.cm.diskUsers.leave()
+	defer s.cm.leaveDisk()
 	o := linkOwner{link: l}
 	defer o.disconnect()
 	idle := time.NewTimer(linkIdleTimeout)

@@ -341,9 +341,21 @@ func (cm *ConsensusModule) flush() error {
 	return nil
 }
 
+// leaveDisk ends a goroutine's use of storage. The flusher uses it until the
+// node is dead, and nobody begins to after that, so whoever leaves last closes
+// it: a call that hangs keeps its own goroutine, and no other that waits for it.
+func (cm *ConsensusModule) leaveDisk() {
+	if cm.diskUsers.leave() {
+		cm.flushing.Add(1)
+		cm.storage.Close()
+		cm.flushing.Add(-1)
+	}
+}
+
 // runFlusher makes staged saves durable, for every step whose goroutine does
-// not do it itself. It owns the storage: it closes it once nobody else can call it.
+// not do it itself.
 func (cm *ConsensusModule) runFlusher() {
+	defer cm.leaveDisk()
 	for {
 		select {
 		case <-cm.flushWake:
@@ -357,11 +369,6 @@ func (cm *ConsensusModule) runFlusher() {
 			cm.seal()
 		case <-cm.done:
 			cm.sealTimer.Stop()
-			cm.diskUsers.leave()
-			<-cm.diskUsers.empty()
-			cm.flushing.Add(1)
-			cm.storage.Close()
-			cm.flushing.Add(-1)
 			return
 		}
 	}
@@ -489,12 +496,15 @@ func (g *group) add() {
 	g.mu.Unlock()
 }
 
-func (g *group) leave() {
+// leave returns true if nobody is left.
+func (g *group) leave() bool {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	if g.n--; g.n == 0 && g.zero != nil {
+	g.n--
+	if g.n == 0 && g.zero != nil {
 		close(g.zero)
 	}
+	return g.n == 0
 }
 
 // empty returns a channel that is closed once nobody is left. Nobody may enter

@@ -160,7 +160,7 @@ func (s *Server) serveRPC(conn net.Conn, h hello, w welcome) {
 	if !alive {
 		return
 	}
-	defer s.cm.diskUsers.leave()
+	defer s.cm.leaveDisk()
 	rpcs := rpc.NewServer()
 	if err := rpcs.RegisterName(serviceName, &service{c}); err != nil {
 		s.cm.fail(err) // a mistake in this package

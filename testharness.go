@@ -736,8 +736,10 @@ func (s *Server) wholeLog() (Entries, error) {
 	lo, hi := cm.core.log.start.Index+1, min(cm.core.commitIndex, cm.core.durableIndex)
 	alive := cm.core.role != Dead
 	if alive {
+		cm.goroutines.add() // this one counts as the node's, because it may close the disk
+		defer cm.goroutines.leave()
 		cm.diskUsers.add()
-		defer cm.diskUsers.leave()
+		defer cm.leaveDisk()
 	}
 	cm.unlock()
 	if !alive {
