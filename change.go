@@ -67,13 +67,14 @@ func (c *core) useNewest() {
 		c.self, c.removed = m.id, false
 	}
 	if c.role == Leader {
-		c.trackMembers()
+		c.trackMembers(c.log.last)
 	}
 	c.emit(Event{Kind: EventMembership, Detail: describeMembers(c.configuration.list()), Index: c.configs[len(c.configs)-1].index})
 }
 
-// trackMembers gives a leader progress of exactly the other members.
-func (c *core) trackMembers() {
+// trackMembers gives a leader progress of exactly the other members. Whether
+// new ones have what comes before entry next is found out with it.
+func (c *core) trackMembers(next Index) {
 	var ps []*progress
 	for _, m := range c.configuration.members {
 		if m.id == c.self {
@@ -81,7 +82,7 @@ func (c *core) trackMembers() {
 		}
 		p := c.progressOf(m.id)
 		if p == nil {
-			p = &progress{id: m.id, next: c.log.last + 1, lastContact: c.now}
+			p = &progress{id: m.id, next: next, lastContact: c.now}
 		}
 		ps = append(ps, p)
 	}

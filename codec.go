@@ -863,20 +863,6 @@ func appendUint64s(b []byte, vs ...uint64) []byte {
 	return b
 }
 
-func flag(set bool, bit byte) byte {
-	if set {
-		return bit
-	}
-	return 0
-}
-
-func (r *reader) byte() byte {
-	if b := r.bytes(1); b != nil {
-		return b[0]
-	}
-	return 0
-}
-
 func (r *reader) uint32() uint32 {
 	if b := r.bytes(4); b != nil {
 		return binary.LittleEndian.Uint32(b)
@@ -886,17 +872,6 @@ func (r *reader) uint32() uint32 {
 
 func (r *reader) entryID() EntryID {
 	return EntryID{Index: Index(r.uint64()), Term: Term(r.uint64())}
-}
-
-var errFlags = errors.New("raft: message has flags that this version does not know")
-
-// flags reads a byte of which only the known bits may be set.
-func (r *reader) flags(known byte) byte {
-	f := r.byte()
-	if f&^known != 0 && r.err == nil {
-		r.err = errFlags
-	}
-	return f
 }
 
 var errLong = errors.New("raft: message is longer than its fields")

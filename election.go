@@ -216,7 +216,7 @@ func (c *core) becomeLeader() {
 	c.leader, c.forwardTo = c.self, 0
 	c.appendSeq, c.transfer = 0, transfer{}
 	c.progress, c.heartbeatLast, c.lastHeartbeat = nil, c.log.last+1, c.log.last+1
-	c.trackMembers()
+	c.trackMembers(c.log.last + 1)
 	c.electionDeadline = c.now.Add(c.limits.electionTimeout)
 	c.emit(Event{Kind: EventRole, Role: Leader})
 	c.firstOfTerm = c.log.last + 1

@@ -172,3 +172,28 @@ func (r *reader) uint64() uint64 {
 }
 
 func (r *reader) string() string { return string(r.bytes(r.uvarint())) }
+
+func (r *reader) byte() byte {
+	if b := r.bytes(1); b != nil {
+		return b[0]
+	}
+	return 0
+}
+
+var errFlags = errors.New("raft: message has flags that this version does not know")
+
+// flags reads a byte of which only the known bits may be set.
+func (r *reader) flags(known byte) byte {
+	f := r.byte()
+	if f&^known != 0 && r.err == nil {
+		r.err = errFlags
+	}
+	return f
+}
+
+func flag(set bool, bit byte) byte {
+	if set {
+		return bit
+	}
+	return 0
+}
