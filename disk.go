@@ -42,13 +42,12 @@ type diskStorage struct {
 	// that they get there in order. It is locked before mu.
 	copying sync.Mutex
 
-	mu       sync.Mutex
-	staged   []Save
-	taken    LSN // the newest save in the log's buffer
-	spans    []entrySpan
-	configs  configList
-	start    EntryID
-	released Index
+	mu      sync.Mutex
+	staged  []Save
+	taken   LSN // the newest save in the log's buffer
+	spans   []entrySpan
+	configs configList
+	start   EntryID
 }
 
 // entrySpan says where consecutive entries are: in the record at lsn, which

@@ -1,6 +1,9 @@
 package raft
 
-import "time"
+import (
+	"math/bits"
+	"time"
+)
 
 // campaign counts the answers to one round of pre-votes or votes.
 type campaign struct {
@@ -9,11 +12,9 @@ type campaign struct {
 	granted []memberID // ascending arrival; self first
 }
 
-// armElection draws a new deadline from [T, 2T), so that split votes are rare
-// and identical nodes do not stay in step (§5.2).
+// armElection draws a new deadline, so that split votes are rare (§5.2).
 func (c *core) armElection() {
-	t := c.limits.electionTimeout
-	timeout := t + time.Duration(c.rng.Int64N(int64(t)))
+	timeout := c.drawTimeout()
 	c.electionDeadline = c.now.Add(timeout)
 	c.emit(Event{Kind: EventElectionTimer, Duration: timeout})
 }
@@ -21,8 +22,16 @@ func (c *core) armElection() {
 // deferElection is armElection for a message from the leader: many a second,
 // so it is not an event.
 func (c *core) deferElection() {
+	c.electionDeadline = c.now.Add(c.drawTimeout())
+}
+
+// drawTimeout draws from [T, 2T). Every member's dice are turned by a share of
+// T of its own (multiples of the golden ratio lie far apart), so that members
+// whose dice fall alike, clones of one machine say, do not split votes for ever.
+func (c *core) drawTimeout() time.Duration {
 	t := c.limits.electionTimeout
-	c.electionDeadline = c.now.Add(t + time.Duration(c.rng.Int64N(int64(t))))
+	turn, _ := bits.Mul64(uint64(c.self)*0x9E3779B97F4A7C15, uint64(t))
+	return t + (time.Duration(c.rng.Int64N(int64(t)))+time.Duration(turn))%t
 }
 
 // tick is the election timer: a follower or candidate whose deadline has

@@ -36,7 +36,6 @@ type simOp struct {
 	floor     Index // everything up to here was answered before this began
 	committed Index
 	value     uint64 // what it read
-	client    int
 }
 
 // simBatch is proposals forwarded together.

@@ -38,6 +38,7 @@ var coreImports = map[string][]string{
 	"errors":          nil,
 	"fmt":             {"Errorf", "Sprintf"},
 	"hash/crc32":      {"Update", "MakeTable", "Castagnoli"},
+	"math/bits":       {"Mul64"},
 	"math/rand/v2":    {"Rand"},
 	"slices":          nil,
 	"sort":            {"Search"},
@@ -778,7 +779,7 @@ func TestTidyLayout(t *testing.T) {
 		t.Fatal(err)
 	}
 	listed := map[string]bool{}
-	for _, m := range regexp.MustCompile("(?m)^([a-z_]+\\.go)  ").FindAllSubmatch(design, -1) {
+	for _, m := range regexp.MustCompile(`(?m)^([a-z_]+\.go)  `).FindAllSubmatch(design, -1) {
 		listed[string(m[1])] = true
 	}
 	for _, f := range r.root() {
@@ -907,6 +908,11 @@ func TestTidyReadmeProgram(t *testing.T) {
 	}
 	if n := strings.Count(body, "\n"); n > 31 {
 		t.Errorf("README's program has %d lines without its imports; 30 is the promise", n)
+	}
+	for _, more := range blocks[1:] {
+		if !strings.Contains(readText(t, "example_test.go"), more) {
+			t.Errorf("example_test.go does not hold what README shows:\n%s", more)
+		}
 	}
 	var doc strings.Builder
 	for line := range strings.Lines(blocks[0][strings.Index(blocks[0], "type counter "):]) {

@@ -160,8 +160,10 @@ func refuse(w http.ResponseWriter, c command, err error) {
 		fail(w, http.StatusRequestEntityTooLarge, "%v", err)
 	case errors.Is(err, raft.ErrOutcomeUnknown) && c.op != opGet:
 		fail(w, http.StatusGatewayTimeout, "%v\nThe outcome is unknown: it may have been written, or may be later. Read the key before deciding, or make the request conditional with If-Match.", err)
+	case errors.Is(err, raft.ErrOutcomeUnknown):
+		w.Header().Set("Retry-After", "1")
+		fail(w, http.StatusServiceUnavailable, "The read was not answered: its leader was lost, or was too slow.\nA read changes nothing: send it again, to this node or another.")
 	default:
-		// A rejection certainly had no effect, and neither had a read.
 		w.Header().Set("Retry-After", "1")
 		fail(w, http.StatusServiceUnavailable, "%v\nNothing was changed: send it again, to this node or another.", err)
 	}

@@ -225,7 +225,7 @@ func TestCrashIsDeterministic(t *testing.T) {
 		n, _ := f.ReadAt(b, 0)
 		return string(b[:n])
 	}
-	if run() != run() {
+	if first, second := run(), run(); first != second {
 		t.Fatal("two runs of one seed differ")
 	}
 }

@@ -225,7 +225,7 @@ func TestDeterministic(t *testing.T) {
 		}
 		return trace.String()
 	}
-	if run() != run() {
+	if first, second := run(), run(); first != second {
 		t.Fatal("two runs of one seed differ")
 	}
 }

@@ -1,0 +1,51 @@
+package raft
+
+import (
+	"testing"
+	"time"
+
+	"example.com/raft/internal/memnet"
+)
+
+// memNetwork returns the network under a harness in memory.
+func memNetwork(h *Harness) *memnet.Network { return h.net.(*memNet).net }
+
+// A greeting that gets lost must not keep a leader's heartbeats from a follower
+// for longer than an election or two.
+func TestLostGreeting(t *testing.T) {
+	virtual(t, 3, func(t *testing.T, h *Harness) {
+		leader, _ := h.CheckSingleLeader()
+		follower := other(h, leader, 1)
+		from, to := harnessHost(leader), harnessHost(follower)
+		swallowed := 0
+		memNetwork(h).SetFilter(from, to, func(p []byte) memnet.Verdict {
+			swallowed++
+			return memnet.Drop
+		})
+		memNetwork(h).Break(from, to)
+		time.Sleep(100 * time.Millisecond)
+		memNetwork(h).SetFilter(from, to, nil)
+		if swallowed == 0 {
+			t.Fatal("nothing was sent while everything sent was lost")
+		}
+		time.Sleep(time.Second)
+		holds(t, h, time.Second, "the follower hears its leader", func() bool {
+			return h.Server(follower).Status().Leader == h.Server(leader).conf.ID
+		})
+		submit(t, h, leader, 1)
+		committedOn(h, 3, 1)
+	})
+}
+
+// A founder that hears of the decision from another one acts on it at once,
+// however rare heartbeats are. (All of it in virtual time.)
+func TestFormingDoesNotWaitForHeartbeats(t *testing.T) {
+	virtual(t, 3, func(t *testing.T, h *Harness) {
+		h.CheckSingleLeader()
+	}, WithConfig(func(i int, c *Config) {
+		c.HeartbeatInterval = 10 * time.Minute
+		if i == 2 {
+			time.Sleep(time.Second) // the others have asked in vain, and wait
+		}
+	}))
+}
