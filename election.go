@@ -38,7 +38,7 @@ func (c *core) drawTimeout() time.Duration {
 // passed campaigns; a leader checks that it still has a quorum. (§5.2, thesis 6.2)
 func (c *core) tick() {
 	switch {
-	case c.role == Dead || len(c.configuration.members) == 0 || c.now.Before(c.electionDeadline):
+	case c.role == Dead || c.electionDeadline.IsZero() || c.now.Before(c.electionDeadline):
 	case c.role == Leader:
 		c.checkQuorum()
 	default:

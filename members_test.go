@@ -241,3 +241,19 @@ func TestTransferRefusals(t *testing.T) {
 		proposeN(t, h, "still", 2)
 	})
 }
+
+// A node that waits to be added hears heartbeats before it has any entry: its
+// election timer must still come to rest.
+func TestJoiningNodeTicksAtItsDeadline(t *testing.T) {
+	c := testCore(t, 1, 3)
+	c.configuration, c.configs = configuration{}, []configEntry{{}}
+	c.now = c.now.Add(time.Second)
+	c.onAppendRequest(&appendArgs{Term: 1, Leader: 2, Heartbeat: true}, nil)
+	persist(t, c)
+	c.now = c.electionDeadline
+	c.tick()
+	persist(t, c)
+	if !c.electionDeadline.After(c.now) || c.role != Follower {
+		t.Errorf("after its deadline the node is a %v whose deadline has not moved", c.role)
+	}
+}

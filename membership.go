@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 )
 
 // Member is one server of a cluster.
@@ -196,4 +197,28 @@ func flag(set bool, bit byte) byte {
 		return bit
 	}
 	return 0
+}
+
+// list returns the members as an operator lists them.
+func (conf *configuration) list() []Member {
+	out := make([]Member, len(conf.members))
+	for i, m := range conf.members {
+		out[i] = Member{ID: m.name, Addr: m.addr, Learner: m.learner}
+	}
+	return out
+}
+
+func describeMembers(list []Member) string {
+	if len(list) == 0 {
+		return "nobody"
+	}
+	var s []string
+	for _, m := range list {
+		one := fmt.Sprintf("%s=%s", m.ID, m.Addr)
+		if m.Learner {
+			one += " (learner)"
+		}
+		s = append(s, one)
+	}
+	return strings.Join(s, ", ")
 }
