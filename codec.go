@@ -757,18 +757,20 @@ func (a *voteArgs) decode(b []byte) error {
 }
 
 func (v *voteReply) encode(b []byte) []byte {
-	return append(appendUint64s(b, uint64(v.Term)), flag(v.Granted, 1))
+	return append(appendUint64s(b, uint64(v.Term)), flag(v.Granted, 1)|flag(v.Removed, 2))
 }
 
 func (v *voteReply) decode(b []byte) error {
 	r := reader{b: b}
-	v.Term, v.Granted = Term(r.uint64()), r.flags(1) != 0
+	v.Term = Term(r.uint64())
+	f := r.flags(3)
+	v.Granted, v.Removed = f&1 != 0, f&2 != 0
 	return r.finish()
 }
 
 func (a *appendArgs) encode(b []byte) []byte {
 	b = appendUint64s(b, uint64(a.Term), uint64(a.Leader), a.Seq, uint64(a.Prev.Index), uint64(a.Prev.Term), uint64(a.Commit))
-	return append(b, flag(a.Heartbeat, 1))
+	return append(b, flag(a.Heartbeat, 1)|flag(a.Campaign, 2))
 }
 
 // decode keeps b: the entries refer to it.
@@ -776,7 +778,8 @@ func (a *appendArgs) decode(b []byte) error {
 	r := reader{b: b}
 	a.Term, a.Leader, a.Seq = Term(r.uint64()), memberID(r.uint64()), r.uint64()
 	a.Prev, a.Commit = r.entryID(), Index(r.uint64())
-	a.Heartbeat = r.flags(1) != 0
+	f := r.flags(3)
+	a.Heartbeat, a.Campaign = f&1 != 0, f&2 != 0
 	encoded := r.bytes(uint64(len(r.b)))
 	if err := r.finish(); err != nil {
 		return err
@@ -860,20 +863,6 @@ func appendUint64s(b []byte, vs ...uint64) []byte {
 	return b
 }
 
-func flag(set bool, bit byte) byte {
-	if set {
-		return bit
-	}
-	return 0
-}
-
-func (r *reader) byte() byte {
-	if b := r.bytes(1); b != nil {
-		return b[0]
-	}
-	return 0
-}
-
 func (r *reader) uint32() uint32 {
 	if b := r.bytes(4); b != nil {
 		return binary.LittleEndian.Uint32(b)
@@ -883,17 +872,6 @@ func (r *reader) uint32() uint32 {
 
 func (r *reader) entryID() EntryID {
 	return EntryID{Index: Index(r.uint64()), Term: Term(r.uint64())}
-}
-
-var errFlags = errors.New("raft: message has flags that this version does not know")
-
-// flags reads a byte of which only the known bits may be set.
-func (r *reader) flags(known byte) byte {
-	f := r.byte()
-	if f&^known != 0 && r.err == nil {
-		r.err = errFlags
-	}
-	return f
 }
 
 var errLong = errors.New("raft: message is longer than its fields")

@@ -1,6 +1,7 @@
 package raft
 
 import (
+	"fmt"
 	"math/rand/v2"
 	"time"
 )
@@ -24,20 +25,26 @@ type core struct {
 	role             Role
 	leader           memberID // of currentTerm, 0 if unknown
 	commitIndex      Index
-	lastTime         time.Time // of the newest entry ever in the log: stamps never decrease along it
-	configuration    configuration
-	electionDeadline time.Time // a follower or candidate campaigns then; a leader checks its quorum
-	lastContact      time.Time // with the leader
-	campaign         *campaign // while asking for votes or pre-votes
-	forwardTo        memberID  // takes proposals made here: the leader, unless it refused
-	wanted           Index     // somebody here waits to see this entry applied
-	applyFailed      bool      // the state machine panicked: vote and replicate, but do not lead
-	retired          bool      // this server is shutting down and does not campaign
-	failure          error     // why the role is Dead
+	lastTime         time.Time     // of the newest entry ever in the log: stamps never decrease along it
+	name             NodeID        // of this server; its number is found by it
+	configuration    configuration // the newest in the log, which is also the last of configs
+	configs          []configEntry // the newest committed one and those after it
+	electionDeadline time.Time     // a follower or candidate campaigns then; a leader checks its quorum
+	lastContact      time.Time     // with the leader
+	campaign         *campaign     // while asking for votes or pre-votes
+	forwardTo        memberID      // takes proposals made here: the leader, unless it refused
+	wanted           Index         // somebody here waits to see this entry applied
+	applyFailed      bool          // the state machine panicked: vote and replicate, but do not lead
+	removed          bool          // told that it is no member any more: it does not campaign
+	retired          bool          // this server is shutting down and does not campaign
+	failure          error         // why the role is Dead
 
 	// Volatile state on leaders.
 	progress        []*progress // of every other member, by ascending ID
 	appendSeq       uint64
+	transfer        transfer
+	heartbeatLast   Index // end of the log at the heartbeat before the last
+	lastHeartbeat   Index // and at the last
 	firstOfTerm     Index // the no-op that this leader appended at its election
 	matchesScratch  []Index
 	contactsScratch []time.Time
@@ -115,6 +122,14 @@ func newCore(self memberID, l limits, rec Recovered, conf configuration, rng *ra
 		hardSaved:     rec.HardState,
 		durableIndex:  rec.Last,
 	}
+	for _, o := range rec.older {
+		older, err := decodeConfiguration(o.data)
+		if err != nil {
+			c.die(fmt.Errorf("raft: entry %d: %w", o.index, err))
+		}
+		c.configs = append(c.configs, configEntry{o.index, older})
+	}
+	c.configs = append(c.configs, configEntry{rec.ConfigIndex, conf})
 	if n := len(rec.Tail); n > 0 {
 		c.sawTime(rec.Tail[n-1])
 	}
@@ -135,6 +150,7 @@ func (c *core) form(self memberID, entry1 Entries, conf configuration) {
 	}
 	c.self = self
 	c.configuration = conf
+	c.configs = []configEntry{{1, conf}}
 	c.log.append(entry1)
 	c.armElection()
 }
@@ -145,8 +161,13 @@ func (c *core) form(self memberID, entry1 Entries, conf configuration) {
 // forgotten.
 func (c *core) finish() effects {
 	if c.role == Leader {
+		c.continueChange()
+	}
+	if c.role == Leader {
+		c.continueTransfer()
 		c.sendAppends()
 	}
+	c.pruneConfigurations()
 	if c.role != Dead {
 		c.out.save = c.deriveSave()
 		for i := range c.out.msgs {
@@ -228,6 +249,7 @@ func (c *core) persisted(lsn LSN, took time.Duration) {
 // be durable: their positions confirm nothing any more.
 func (c *core) truncateLog(from Index) {
 	c.log.truncate(from)
+	c.dropConfigurations(from)
 	c.durableIndex = min(c.durableIndex, from-1)
 	for i := range c.unsynced {
 		c.unsynced[i].last = min(c.unsynced[i].last, from-1)

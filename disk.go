@@ -46,7 +46,7 @@ type diskStorage struct {
 	staged  []Save
 	taken   LSN // the newest save in the log's buffer
 	spans   []entrySpan
-	configs []configAt
+	configs configList
 	start   EntryID
 }
 
@@ -56,11 +56,6 @@ type entrySpan struct {
 	first, last Index
 	lsn         wal.LSN
 	size        int // bytes of the record
-}
-
-type configAt struct {
-	index Index
-	data  []byte
 }
 
 func newDiskStorage(c *Config) *diskStorage {
@@ -103,9 +98,7 @@ func (d *diskStorage) Open(ctx context.Context, id Identity) (rec Recovered, err
 	}
 	rec.Start, rec.Last, rec.Runs, rec.Tail = l.start, l.last, l.runs, l.tail
 	d.start = l.start
-	if n := len(d.configs); n > 0 {
-		rec.Config, rec.ConfigIndex = d.configs[n-1].data, d.configs[n-1].index
-	}
+	d.configs.recovered(&rec)
 	return rec, nil
 }
 
@@ -184,10 +177,7 @@ func (d *diskStorage) replayStart(l *raftLog, start EntryID, conf configAt) {
 		*l = newRaftLog(start, start.Index, nil, nil)
 	}
 	d.start = start
-	d.configs = slices.DeleteFunc(d.configs, func(c configAt) bool { return c.index <= conf.index })
-	if conf.index > 0 {
-		d.configs = slices.Insert(d.configs, 0, conf)
-	}
+	d.configs.begin(conf)
 	d.forget(start.Index)
 }
 
@@ -200,13 +190,8 @@ func (d *diskStorage) index(e Entries, lsn wal.LSN, size int) {
 		}
 		d.spans = d.spans[:n-1]
 	}
-	d.configs = slices.DeleteFunc(d.configs, func(c configAt) bool { return c.index >= e.First() })
 	d.spans = append(d.spans, entrySpan{e.First(), e.Last(), lsn, size})
-	for i := range e.Len() {
-		if e.kind(i) == entryConfiguration {
-			d.configs = append(d.configs, configAt{e.First() + Index(i), slices.Clone(e.data(i))})
-		}
-	}
+	d.configs.append(e)
 }
 
 // forget drops the index of entries up to i.
@@ -261,7 +246,9 @@ func (d *diskStorage) stageOne(s *Save) (release wal.LSN) {
 		recs = append(recs, wal.Record{Kind: recordEntries, Data: e.Encoded()})
 	}
 	if s.Start != nil {
-		conf := d.configAsOf(s.Start.Index)
+		d.mu.Lock()
+		conf := d.configs.asOf(s.Start.Index)
+		d.mu.Unlock()
 		data := appendUint64s(nil, uint64(s.Start.Index), uint64(s.Start.Term), uint64(conf.index))
 		recs = append(recs, wal.Record{Kind: recordStart, Data: data, Parts: [][]byte{conf.data}})
 	}
@@ -292,18 +279,6 @@ func (d *diskStorage) stageOne(s *Save) (release wal.LSN) {
 		return d.spans[0].lsn
 	}
 	return last
-}
-
-// configAsOf returns the newest configuration at or before i, and forgets older ones.
-func (d *diskStorage) configAsOf(i Index) configAt {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	n := sort.Search(len(d.configs), func(k int) bool { return d.configs[k].index > i })
-	if n == 0 {
-		return configAt{}
-	}
-	d.configs = d.configs[n-1:]
-	return d.configs[0]
 }
 
 func (d *diskStorage) Read(lo, hi Index, maxBytes int) ([]Entries, error) {

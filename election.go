@@ -38,7 +38,7 @@ func (c *core) drawTimeout() time.Duration {
 // passed campaigns; a leader checks that it still has a quorum. (§5.2, thesis 6.2)
 func (c *core) tick() {
 	switch {
-	case c.role == Dead || len(c.configuration.members) == 0 || c.now.Before(c.electionDeadline):
+	case c.role == Dead || c.electionDeadline.IsZero() || c.now.Before(c.electionDeadline):
 	case c.role == Leader:
 		c.checkQuorum()
 	default:
@@ -50,7 +50,7 @@ func (c *core) tick() {
 // that a node which can't win does not disturb the others with its term. §9.6
 // of the thesis.
 func (c *core) startCampaign() {
-	if !c.configuration.voter(c.self) || c.applyFailed || c.retired {
+	if !c.configuration.voter(c.self) || c.applyFailed || c.retired || c.removed {
 		c.armElection()
 		return
 	}
@@ -84,7 +84,7 @@ func (c *core) ask(k *campaign, transfer bool) {
 		c.emit(Event{Kind: EventPreVote})
 	}
 	for _, m := range c.configuration.members {
-		if m.id != c.self && !m.learner {
+		if m.id != c.self && c.configuration.voter(m.id) {
 			c.send(message{to: m.id, vote: &voteArgs{
 				Term: k.term, Candidate: c.self, Last: c.log.lastID(), PreVote: k.preVote, Transfer: transfer,
 			}})
@@ -133,7 +133,9 @@ func (c *core) onVoteRequest(a *voteArgs, token any) {
 			c.emit(Event{Kind: EventVoted, Peer: a.Candidate.label(c)})
 		}
 	}
-	c.send(message{to: a.Candidate, token: token, voteReply: &voteReply{Term: c.currentTerm, Granted: granted}})
+	c.send(message{to: a.Candidate, token: token, voteReply: &voteReply{
+		Term: c.currentTerm, Granted: granted, Removed: c.wasRemoved(a.Candidate),
+	}})
 }
 
 // protectsLeader tells whether the request must be refused without looking at
@@ -162,6 +164,10 @@ func (c *core) upToDate(other EntryID) bool {
 func (c *core) onVoteReply(from memberID, a *voteArgs, r *voteReply) {
 	if c.role == Dead || c.stepDownFor(from, r.Term) {
 		return
+	}
+	if r.Removed && a.Candidate == c.self && !c.removed && c.configuration.has(from) {
+		c.removed, c.campaign = true, nil
+		c.emit(Event{Kind: EventRemoved, Peer: from.label(c)})
 	}
 	k := c.campaign
 	if k == nil || a.PreVote != k.preVote || a.Term != k.term || !r.Granted {
@@ -217,13 +223,9 @@ func (c *core) becomeFollower(term Term, leader memberID) {
 func (c *core) becomeLeader() {
 	c.role = Leader
 	c.leader, c.forwardTo = c.self, 0
-	c.appendSeq = 0
-	c.progress = nil
-	for _, m := range c.configuration.members {
-		if m.id != c.self {
-			c.progress = append(c.progress, &progress{id: m.id, learner: m.learner, next: c.log.last + 1, lastContact: c.now})
-		}
-	}
+	c.appendSeq, c.transfer = 0, transfer{}
+	c.progress, c.heartbeatLast, c.lastHeartbeat = nil, c.log.last+1, c.log.last+1
+	c.trackMembers(c.log.last + 1)
 	c.electionDeadline = c.now.Add(c.limits.electionTimeout)
 	c.emit(Event{Kind: EventRole, Role: Leader})
 	c.firstOfTerm = c.log.last + 1

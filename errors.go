@@ -79,6 +79,101 @@ func (e *IdentityError) Error() string {
 	return fmt.Sprintf("raft: %s: found %s, want %s: %s", e.Path, e.Found, e.Want, e.Do)
 }
 
+// MembershipReason says why a change of the membership was refused.
+type MembershipReason byte
+
+const (
+	// MembershipNotLeader: only the leader changes the membership; ask it.
+	MembershipNotLeader MembershipReason = iota + 1
+	// MembershipTooEarly: the leader has committed nothing in its term yet; try again.
+	MembershipTooEarly
+	// MembershipPending: another change is not finished; wait for it.
+	MembershipPending
+	// MembershipNoVoters: nobody would be left to decide anything.
+	MembershipNoVoters
+	// MembershipQuorum: too few of the voters to be answer now.
+	MembershipQuorum
+	// MembershipTooMany: a cluster has at most 128 members.
+	MembershipTooMany
+	// MembershipExists: the node is a member already.
+	MembershipExists
+	// MembershipUnknown: the node is not a member.
+	MembershipUnknown
+	// MembershipBad: the member has no ID or no address of the form host:port.
+	MembershipBad
+)
+
+var membershipReasons = [...]string{
+	MembershipNotLeader: "this node does not lead; ask the leader",
+	MembershipTooEarly:  "the leader has committed nothing in its term yet; try again",
+	MembershipPending:   "another change is not finished; wait for it",
+	MembershipNoVoters:  "no voter would be left; add one first",
+	MembershipQuorum:    "a majority of the voters to be does not answer; bring them back first, or the cluster would stop",
+	MembershipTooMany:   "a cluster has at most 128 members",
+	MembershipExists:    "the node is a member already; remove it first, or change its address with ChangeMembers",
+	MembershipUnknown:   "the node is not a member; Status lists them",
+	MembershipBad:       "a member needs an ID of 1 to 255 bytes and an address of the form host:port",
+}
+
+// MembershipError refuses a change of the membership. Nothing was changed.
+type MembershipError struct {
+	Reason MembershipReason
+	Node   NodeID // whom it is about, if anybody
+	Leader NodeID // with MembershipNotLeader: whom to ask, if known
+}
+
+func (e *MembershipError) Error() string {
+	s := "raft: membership not changed: " + membershipReasons[e.Reason]
+	if e.Node != "" {
+		s += fmt.Sprintf(" (node %q)", e.Node)
+	}
+	if e.Leader != "" && e.Reason == MembershipNotLeader {
+		s += fmt.Sprintf(" (%q)", e.Leader)
+	}
+	return s
+}
+
+// TransferReason says why leadership was not handed over.
+type TransferReason byte
+
+const (
+	// TransferNotLeader: only the leader can hand leadership over.
+	TransferNotLeader TransferReason = iota + 1
+	// TransferPending: another transfer is on.
+	TransferPending
+	// TransferNobody: no other voter answers.
+	TransferNobody
+	// TransferNotVoter: the node is a learner, is leaving, or is no member.
+	TransferNotVoter
+	// TransferUnreachable: the node has not answered for an election timeout.
+	TransferUnreachable
+	// TransferTimeout: the node did not take over within an election timeout; the old leader goes on.
+	TransferTimeout
+)
+
+var transferReasons = [...]string{
+	TransferNotLeader:   "this node does not lead; ask the leader",
+	TransferPending:     "another transfer is on; wait for it",
+	TransferNobody:      "no other voter answers",
+	TransferNotVoter:    "the node is not a voter; Status lists them",
+	TransferUnreachable: "the node does not answer; choose another",
+	TransferTimeout:     "the node did not take over in time; this one still leads, try again",
+}
+
+// TransferError says why leadership was not handed over.
+type TransferError struct {
+	Reason TransferReason
+	Node   NodeID // the target, or the leader with TransferNotLeader; may be empty
+}
+
+func (e *TransferError) Error() string {
+	s := "raft: leadership not transferred: " + transferReasons[e.Reason]
+	if e.Node != "" {
+		s += fmt.Sprintf(" (node %q)", e.Node)
+	}
+	return s
+}
+
 // CorruptError refuses data that is damaged. Nothing was changed.
 type CorruptError struct {
 	File   string

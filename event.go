@@ -49,6 +49,9 @@ const (
 	EventFormed                                // the cluster exists
 	EventConnection                            // Peer, Err, Detail
 	EventApplyFailed                           // Index, Err
+	EventMembership                            // Detail, as of entry Index
+	EventRemoved                               // Peer says that this node is no member any more
+	EventTransfer                              // leadership is being handed to Peer
 )
 
 // Event is something that happened on a node. Events are plain values.
@@ -108,6 +111,14 @@ func (e Event) String() string {
 		return fmt.Sprintf("connection with %s: %s: %v", e.Peer, e.Detail, e.Err)
 	case EventApplyFailed:
 		return fmt.Sprintf("stops applying at entry %d: %v", e.Index, e.Err)
+	}
+	switch e.Kind {
+	case EventMembership:
+		return fmt.Sprintf("members as of entry %d: %s", e.Index, e.Detail)
+	case EventRemoved:
+		return fmt.Sprintf("was removed from the cluster, says %s; it does not campaign any more", e.Peer)
+	case EventTransfer:
+		return fmt.Sprintf("hands leadership to %s, term=%d", e.Peer, e.Term)
 	}
 	return fmt.Sprintf("event %d", e.Kind)
 }

@@ -109,7 +109,7 @@ func (s *Server) accept(conn net.Conn) (hello, welcome, error) {
 			return welcome{}, &refusal{HandshakeStopping, "this node is stopping"}
 		case h.Role == roleClient:
 			return welcome{}, &refusal{HandshakeRoleRefused, "clients are not served by this release"}
-		case h.Channel != channelFormation && !formed:
+		case h.Channel != channelFormation && !formed && len(s.conf.Bootstrap) > 0:
 			return welcome{}, &refusal{HandshakeRoleRefused, "this node has not formed or joined a cluster yet"}
 		}
 		return me.welcome(), nil

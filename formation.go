@@ -265,30 +265,6 @@ func parseEntry1(cluster string, b []byte) (configuration, Entries, error) {
 	return conf, e, nil
 }
 
-// list returns the members as an operator lists them.
-func (conf *configuration) list() []Member {
-	out := make([]Member, len(conf.members))
-	for i, m := range conf.members {
-		out[i] = Member{ID: m.name, Addr: m.addr, Learner: m.learner}
-	}
-	return out
-}
-
-func describeMembers(list []Member) string {
-	if len(list) == 0 {
-		return "nobody"
-	}
-	var s []string
-	for _, m := range list {
-		one := fmt.Sprintf("%s=%s", m.ID, m.Addr)
-		if m.Learner {
-			one += " (learner)"
-		}
-		s = append(s, one)
-	}
-	return strings.Join(s, ", ")
-}
-
 func (a formAnswer) encode(b []byte) []byte {
 	b = append(append(b, flag(a.formed(), 1)), a.DirectoryID[:]...)
 	if a.formed() {

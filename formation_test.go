@@ -223,7 +223,7 @@ func TestForgedEntry1IsRefused(t *testing.T) {
 	a := formed(t, list, 1, 2)
 	conf, _ := a.configuration()
 	entry := func(edit func(c *configuration)) []byte {
-		c := configuration{conf.clusterUUID, slices.Clone(conf.members)}
+		c := configuration{clusterUUID: conf.clusterUUID, members: slices.Clone(conf.members)}
 		edit(&c)
 		return makeEntry(entryConfiguration, EntryID{Index: 1}, time.Time{}, c.encode()).Encoded()
 	}

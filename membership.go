@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 )
 
 // Member is one server of a cluster.
@@ -14,20 +15,42 @@ type Member struct {
 	Learner bool   // receives the log and does not vote
 }
 
-// member is a Member with the number of its membership.
+// member is a Member with the number of its membership, and what it is to
+// become.
 type member struct {
 	id      memberID
 	name    NodeID
 	addr    string
 	learner bool
-	dirID   [16]byte // of its data directory: a wiped or copied disk is refused
+	next    nextState
+	dirID   [16]byte // of its data directory: a wiped or copied disk is refused; zero: not known
 }
+
+// nextState is what a member becomes in the configuration to be entered. It is
+// part of the entry, so that any later leader can finish a change.
+type nextState byte
+
+const (
+	staysAsIs      nextState = 0
+	becomesVoter   nextState = 1
+	becomesLearner nextState = 2
+	leaves         nextState = 3
+)
 
 // configuration is who belongs to the cluster, as of one entry of the log. A
 // server uses the newest one in its log, committed or not (§6).
 type configuration struct {
 	clusterUUID [16]byte
+	joint       bool     // decisions need a majority of the voters as they are and of those as they will be (§6)
 	members     []member // by ascending id
+}
+
+// votes tells whether the member is a voter, now or in the configuration to be entered.
+func (m *member) votes(entered bool) bool {
+	if entered && m.next != staysAsIs {
+		return m.next == becomesVoter
+	}
+	return !m.learner
 }
 
 func (conf *configuration) find(id memberID) *member {
@@ -52,7 +75,7 @@ func (conf *configuration) has(id memberID) bool { return conf.find(id) != nil }
 
 func (conf *configuration) voter(id memberID) bool {
 	m := conf.find(id)
-	return m != nil && !m.learner
+	return m != nil && (m.votes(false) || m.votes(true))
 }
 
 func (id memberID) label(c *core) NodeID {
@@ -67,14 +90,10 @@ func (id memberID) label(c *core) NodeID {
 
 // encode returns the data of a configuration entry (docs/FORMAT.md).
 func (conf *configuration) encode() []byte {
-	b := append([]byte{1}, conf.clusterUUID[:]...)
+	b := append([]byte{1 | flag(conf.joint, 0x80)}, conf.clusterUUID[:]...)
 	b = binary.AppendUvarint(b, uint64(len(conf.members)))
 	for _, m := range conf.members {
-		flags := byte(0)
-		if m.learner {
-			flags = 1
-		}
-		b = append(binary.AppendUvarint(b, uint64(m.id)), flags)
+		b = append(binary.AppendUvarint(b, uint64(m.id)), flag(m.learner, 1)|byte(m.next)<<1)
 		b = append(b, m.dirID[:]...)
 		b = appendString(appendString(b, string(m.name)), m.addr)
 	}
@@ -85,17 +104,17 @@ var errConfiguration = errors.New("raft: configuration entry is malformed")
 
 func decodeConfiguration(b []byte) (configuration, error) {
 	var conf configuration
-	if len(b) < 17 || b[0] != 1 {
+	if len(b) < 17 || b[0]&0x7f != 1 {
 		return conf, errConfiguration
 	}
+	conf.joint = b[0]&0x80 != 0
 	r := reader{b: b[1:]}
 	copy(conf.clusterUUID[:], r.bytes(16))
 	n := r.uvarint()
 	for i := uint64(0); i < n && r.err == nil; i++ {
 		m := member{id: memberID(r.uvarint())}
-		if f := r.bytes(1); r.err == nil {
-			m.learner = f[0]&1 != 0
-		}
+		f := r.flags(7)
+		m.learner, m.next = f&1 != 0, nextState(f>>1)
 		copy(m.dirID[:], r.bytes(16))
 		m.name, m.addr = NodeID(r.string()), r.string()
 		conf.members = append(conf.members, m)
@@ -154,3 +173,52 @@ func (r *reader) uint64() uint64 {
 }
 
 func (r *reader) string() string { return string(r.bytes(r.uvarint())) }
+
+func (r *reader) byte() byte {
+	if b := r.bytes(1); b != nil {
+		return b[0]
+	}
+	return 0
+}
+
+var errFlags = errors.New("raft: message has flags that this version does not know")
+
+// flags reads a byte of which only the known bits may be set.
+func (r *reader) flags(known byte) byte {
+	f := r.byte()
+	if f&^known != 0 && r.err == nil {
+		r.err = errFlags
+	}
+	return f
+}
+
+func flag(set bool, bit byte) byte {
+	if set {
+		return bit
+	}
+	return 0
+}
+
+// list returns the members as an operator lists them.
+func (conf *configuration) list() []Member {
+	out := make([]Member, len(conf.members))
+	for i, m := range conf.members {
+		out[i] = Member{ID: m.name, Addr: m.addr, Learner: m.learner}
+	}
+	return out
+}
+
+func describeMembers(list []Member) string {
+	if len(list) == 0 {
+		return "nobody"
+	}
+	var s []string
+	for _, m := range list {
+		one := fmt.Sprintf("%s=%s", m.ID, m.Addr)
+		if m.Learner {
+			one += " (learner)"
+		}
+		s = append(s, one)
+	}
+	return strings.Join(s, ", ")
+}

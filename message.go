@@ -23,6 +23,7 @@ type voteArgs struct {
 type voteReply struct {
 	Term    Term
 	Granted bool
+	Removed bool // the candidate is no member any more
 }
 
 // appendArgs is AppendEntries (Figure 2). A heartbeat is one without entries
@@ -35,6 +36,7 @@ type appendArgs struct {
 	Prev      EntryID
 	Commit    Index
 	Heartbeat bool
+	Campaign  bool      // with Heartbeat: hold an election at once (thesis 3.10, TimeoutNow)
 	Entries   []Entries // runs without a gap from Prev.Index+1 on
 }
 

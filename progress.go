@@ -14,7 +14,6 @@ const (
 // of Figure 2, and its window of unanswered appends.
 type progress struct {
 	id        memberID
-	learner   bool
 	state     progressState
 	next      Index // the next entry to send
 	match     Index // highest entry known to be durable there

@@ -5,11 +5,17 @@ import (
 	"time"
 )
 
-// quorum tells whether ids hold a majority of the voters (thesis 4.3).
+// quorum tells whether ids hold a majority of the voters, of both
+// configurations while there are two (§6, thesis 4.3).
 func (conf *configuration) quorum(ids []memberID) bool {
+	return conf.majority(ids, false) && (!conf.joint || conf.majority(ids, true))
+}
+
+func (conf *configuration) majority(ids []memberID, entered bool) bool {
 	voters, n := 0, 0
-	for _, m := range conf.members {
-		if m.learner {
+	for i := range conf.members {
+		m := &conf.members[i]
+		if !m.votes(entered) {
 			continue
 		}
 		voters++
@@ -21,24 +27,37 @@ func (conf *configuration) quorum(ids []memberID) bool {
 }
 
 // quorumMatch returns the highest index that a majority of the voters has
-// durably. The leader counts as one of them, with what its own disk has
-// confirmed and not with what it has appended.
+// durably, of both configurations while there are two.
 func (c *core) quorumMatch() Index {
-	m := c.matchesScratch[:0]
-	if c.configuration.voter(c.self) {
-		m = append(m, c.durableIndex)
+	m := c.majorityMatch(false)
+	if c.configuration.joint {
+		m = min(m, c.majorityMatch(true))
 	}
-	for _, p := range c.progress {
-		if !p.learner {
-			m = append(m, p.match)
+	return m
+}
+
+// majorityMatch is quorumMatch for one configuration. The leader counts as one
+// of its voters, with what its own disk has confirmed and not with what it has
+// appended.
+func (c *core) majorityMatch(entered bool) Index {
+	s := c.matchesScratch[:0]
+	for i := range c.configuration.members {
+		m := &c.configuration.members[i]
+		if !m.votes(entered) {
+			continue
+		}
+		if m.id == c.self {
+			s = append(s, c.durableIndex)
+		} else {
+			s = append(s, c.progressOf(m.id).match)
 		}
 	}
-	c.matchesScratch = m
-	if len(m) == 0 {
+	c.matchesScratch = s
+	if len(s) == 0 {
 		return 0
 	}
-	slices.Sort(m)
-	return m[(len(m)-1)/2] // half of them or fewer are below
+	slices.Sort(s)
+	return s[(len(s)-1)/2] // half of them or fewer are below
 }
 
 // checkQuorum makes a leader give up once it has not heard from a majority for
@@ -58,21 +77,35 @@ func (c *core) checkQuorum() {
 }
 
 // quorumContact returns the latest time at or after which a majority of the
-// voters, this server included, was heard from.
+// voters, this server included, was heard from; of both configurations while
+// there are two.
 func (c *core) quorumContact() time.Time {
-	t := c.contactsScratch[:0]
-	if c.configuration.voter(c.self) {
-		t = append(t, c.now)
-	}
-	for _, p := range c.progress {
-		if !p.learner {
-			t = append(t, p.lastContact)
+	t := c.majorityContact(false)
+	if c.configuration.joint {
+		if entered := c.majorityContact(true); entered.Before(t) {
+			t = entered
 		}
 	}
-	c.contactsScratch = t
-	if len(t) == 0 {
+	return t
+}
+
+func (c *core) majorityContact(entered bool) time.Time {
+	s := c.contactsScratch[:0]
+	for i := range c.configuration.members {
+		m := &c.configuration.members[i]
+		if !m.votes(entered) {
+			continue
+		}
+		if m.id == c.self {
+			s = append(s, c.now)
+		} else {
+			s = append(s, c.progressOf(m.id).lastContact)
+		}
+	}
+	c.contactsScratch = s
+	if len(s) == 0 {
 		return time.Time{}
 	}
-	slices.SortFunc(t, time.Time.Compare)
-	return t[(len(t)-1)/2]
+	slices.SortFunc(s, time.Time.Compare)
+	return s[(len(s)-1)/2]
 }

@@ -51,6 +51,8 @@ type ConsensusModule struct {
 	heartbeatDone chan struct{} // open exactly while leading; closing it stops the heartbeat goroutine
 	timerArmed    time.Time     // when the timer goroutine will wake by itself
 	commitSeen    Index
+	stateSeen     visibleState
+	changed       chan struct{} // closed and renewed when stateSeen changes
 	leadership    leadership
 	released      []message // scratch
 	flushesItself bool      // whoever steps now flushes next: the flusher may sleep on
@@ -97,6 +99,7 @@ func newConsensusModule(s Storage, c *core, conf *Config, events *eventLog) *Con
 	cm.pending.maxKept = conf.MaxQueueBytes
 	cm.pending.applied = c.log.start.Index
 	cm.leadership.changed = make(chan struct{})
+	cm.changed = make(chan struct{})
 	return cm
 }
 
@@ -274,6 +277,11 @@ func (cm *ConsensusModule) handOver(out *effects) {
 	}
 	cm.events.add(out.events)
 	cm.runLeadership()
+	if now := c.visible(); now != cm.stateSeen {
+		cm.stateSeen = now
+		close(cm.changed)
+		cm.changed = make(chan struct{})
+	}
 	if c.commitIndex > cm.commitSeen {
 		cm.commitSeen = c.commitIndex
 		wake(cm.applyWake)
@@ -281,6 +289,21 @@ func (cm *ConsensusModule) handOver(out *effects) {
 	if c.electionDeadline.Before(cm.timerArmed) {
 		wake(cm.timerWake)
 	}
+}
+
+// visibleState is what somebody may wait to see changed.
+type visibleState struct {
+	role           Role
+	term           Term
+	leader         memberID
+	transfer       memberID
+	members        Index // entry of the newest configuration
+	membersSettled bool  // it is committed
+}
+
+func (c *core) visible() visibleState {
+	newest := c.configs[len(c.configs)-1].index
+	return visibleState{c.role, c.currentTerm, c.leader, c.transfer.to, newest, newest <= c.commitIndex}
 }
 
 // runLeadership starts and stops the heartbeat goroutine with the role, and

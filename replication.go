@@ -33,7 +33,7 @@ func (c *core) propose(b *entryBuilder) (EntryID, bool) {
 
 // hasRoom tells whether a leader may append more: what is not committed is bounded.
 func (c *core) hasRoom() bool {
-	return c.uncommittedBytes() < c.limits.maxUncommittedSize
+	return c.transfer.to == 0 && c.uncommittedBytes() < c.limits.maxUncommittedSize
 }
 
 func (c *core) uncommittedBytes() (n int) {
@@ -45,6 +45,7 @@ func (c *core) uncommittedBytes() (n int) {
 
 func (c *core) appendLocal(e Entries) {
 	c.log.append(e)
+	c.adoptConfigurations(e)
 	// The own disk has confirmed nothing yet: commitIndex does not move here.
 }
 
@@ -58,6 +59,7 @@ func (c *core) heartbeat() {
 	if c.checkQuorum(); c.role != Leader {
 		return
 	}
+	c.heartbeatLast, c.lastHeartbeat = c.lastHeartbeat, c.log.last
 	for _, p := range c.progress {
 		p.paused = false
 		if len(p.inflight) > 0 && c.now.Sub(p.lastProgress) >= c.limits.electionTimeout {
@@ -185,6 +187,9 @@ func (c *core) onAppendRequest(a *appendArgs, token any) {
 	}
 	r.Term, r.Wanted = c.currentTerm, c.wanted
 	c.send(m)
+	if a.Campaign && r.Success && c.configuration.voter(c.self) && !c.applyFailed && !c.retired {
+		c.becomeCandidate(true)
+	}
 }
 
 // acceptEntries is steps 2 to 5 of AppendEntries' receiver: §5.3.
@@ -226,6 +231,7 @@ func (c *core) mergeEntries(e Entries) {
 		c.truncateLog(from)
 	}
 	c.log.append(e.slice(i, e.Len()))
+	c.adoptConfigurations(e.slice(i, e.Len()))
 	c.sawTime(e)
 }
 

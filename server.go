@@ -117,6 +117,7 @@ func (s *Server) recover(ctx context.Context) (*core, error) {
 		}
 	}
 	c := newCore(self, s.conf.limits(), rec, conf, newDice(), time.Now())
+	c.name = s.conf.ID
 	return c, err
 }
 
@@ -267,30 +268,16 @@ func (s *Server) Close() error {
 	}
 }
 
-// Shutdown steps down if this node leads, waits until another leads, for at
-// most one election timeout or until ctx ends, and then closes the node.
+// Shutdown hands leadership over if this node leads, for at most one election
+// timeout or until ctx ends, and then closes the node.
 func (s *Server) Shutdown(ctx context.Context) error {
-	led := false
-	s.cm.step(func(c *core) { led = c.retire() })
-	if led {
-		s.waitForSuccessor(ctx)
+	handover, cancel := context.WithTimeout(ctx, s.conf.ElectionTimeout)
+	defer cancel()
+	// Any error means that there is nobody to hand over to, or no time.
+	if s.TransferLeadership(handover, "") != nil {
+		s.cm.step(func(c *core) { c.retire() })
 	}
 	return s.Close()
-}
-
-func (s *Server) waitForSuccessor(ctx context.Context) {
-	ctx, cancel := context.WithTimeout(ctx, s.conf.ElectionTimeout)
-	defer cancel()
-	for e := range s.Events(ctx) {
-		if e.Kind == EventLeader && e.Peer != s.conf.ID {
-			s.cm.mu.Lock()
-			found := s.cm.core.leader != 0
-			s.cm.unlock()
-			if found {
-				return
-			}
-		}
-	}
 }
 
 // Events yields what happened recently, then what happens, until ctx ends or

@@ -28,8 +28,9 @@ type Recovered struct {
 	Tail        []Entries // the newest entries, as far as memory should hold them; may be empty
 	Config      []byte    // data of the newest configuration entry, nil in an unformed directory
 	ConfigIndex Index
-	DirectoryID [16]byte // random, made with the directory
-	Boot        uint64   // how often the storage was opened, this time included
+	older       []configAt // configurations before it, which a truncation may bring back
+	DirectoryID [16]byte   // random, made with the directory
+	Boot        uint64     // how often the storage was opened, this time included
 }
 
 // Identity is whose data a storage holds.
@@ -68,15 +69,16 @@ type Storage interface {
 // for clusters that may lose everything. A node that restarts with the same
 // MemoryStorage finds what was flushed.
 type MemoryStorage struct {
-	mu     sync.Mutex
-	id     Identity
-	dirID  [16]byte
-	open   bool
-	staged []Save
-	lsn    LSN
-	hard   HardState
-	log    raftLog
-	boot   uint64
+	mu      sync.Mutex
+	id      Identity
+	dirID   [16]byte
+	open    bool
+	staged  []Save
+	lsn     LSN
+	hard    HardState
+	log     raftLog
+	configs configList
+	boot    uint64
 }
 
 // NewMemoryStorage returns an empty storage, for one node.
@@ -103,13 +105,7 @@ func (m *MemoryStorage) Open(_ context.Context, id Identity) (Recovered, error) 
 		HardState: m.hard, Start: m.log.start, Last: m.log.last,
 		Runs: slices.Clone(m.log.runs), Tail: slices.Clone(m.log.tail), DirectoryID: m.dirID,
 	}
-	for _, e := range m.log.tail {
-		for i := range e.Len() {
-			if e.kind(i) == entryConfiguration {
-				r.Config, r.ConfigIndex = e.data(i), e.first+Index(i)
-			}
-		}
-	}
+	m.configs.recovered(&r)
 	return r, nil
 }
 
@@ -134,9 +130,11 @@ func (m *MemoryStorage) Flush() (LSN, error) {
 		for _, e := range s.Entries {
 			m.log.truncate(e.First())
 			m.log.append(e)
+			m.configs.append(e)
 		}
 		if s.Start != nil {
 			m.log.compact(s.Start.Index)
+			m.configs.asOf(s.Start.Index)
 		}
 		m.lsn = s.LSN
 	}
@@ -162,4 +160,51 @@ func (m *MemoryStorage) Close() error {
 	defer m.mu.Unlock()
 	m.open = false
 	return nil
+}
+
+// configAt is the data of the configuration entry at index.
+type configAt struct {
+	index Index
+	data  []byte
+}
+
+// configList is what a storage knows of the configurations in its log, oldest
+// first; the first may be one that was compacted.
+type configList []configAt
+
+// append takes note of entries that replace whatever the log had from their first on.
+func (l *configList) append(e Entries) {
+	for n := len(*l); n > 0 && (*l)[n-1].index >= e.First(); n = len(*l) {
+		*l = (*l)[:n-1]
+	}
+	for i := range e.Len() {
+		if e.kind(i) == entryConfiguration {
+			*l = append(*l, configAt{e.First() + Index(i), slices.Clone(e.data(i))})
+		}
+	}
+}
+
+// asOf returns the newest configuration at or before entry i, and forgets older ones.
+func (l *configList) asOf(i Index) configAt {
+	for len(*l) > 1 && (*l)[1].index <= i {
+		*l = slices.Delete(*l, 0, 1)
+	}
+	if len(*l) == 0 || (*l)[0].index > i {
+		return configAt{}
+	}
+	return (*l)[0]
+}
+
+// begin replaces everything at or before conf by conf, with which the log now begins.
+func (l *configList) begin(conf configAt) {
+	*l = slices.DeleteFunc(*l, func(c configAt) bool { return c.index <= conf.index })
+	if conf.index > 0 {
+		*l = slices.Insert(*l, 0, conf)
+	}
+}
+
+func (l configList) recovered(r *Recovered) {
+	if n := len(l); n > 0 {
+		r.Config, r.ConfigIndex, r.older = l[n-1].data, l[n-1].index, slices.Clone(l[:n-1])
+	}
 }

@@ -3,6 +3,7 @@ package raft
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"slices"
@@ -41,7 +42,7 @@ type TB interface {
 // node leaves something behind.
 type Harness struct {
 	t        TB
-	n        int
+	n        int // founders; nodes from n on were added
 	options  harnessOptions
 	net      harnessNet
 	nodes    []*harnessNode
@@ -198,6 +199,9 @@ func (h *Harness) config(i int) (Config, error) {
 	for j := range h.n {
 		c.Bootstrap = append(c.Bootstrap, Member{ID: NodeID(strconv.Itoa(j)), Addr: harnessAddr(j)})
 	}
+	if i >= h.n {
+		c.Bootstrap = nil // it waits to be added
+	}
 	if h.options.configure != nil {
 		h.options.configure(i, &c)
 	}
@@ -293,6 +297,76 @@ func (h *Harness) node(i int) *harnessNode {
 	return h.nodes[i]
 }
 
+// Add starts a new node and has the leader add it as a voter. It returns the
+// node's number once the node votes.
+func (h *Harness) Add() int {
+	h.t.Helper()
+	i := h.startNew()
+	h.action("Add %d", i)
+	h.lead("Add", func(ctx context.Context, s *Server) error {
+		return s.AddVoter(ctx, Member{ID: NodeID(strconv.Itoa(i)), Addr: harnessAddr(i)})
+	})
+	return i
+}
+
+// startNew starts a node with an empty disk that waits to be added.
+func (h *Harness) startNew() int {
+	h.t.Helper()
+	i := len(h.nodes)
+	h.net.grow(i + 1)
+	h.mu.Lock()
+	h.drops = append(h.drops, callDrops{})
+	h.mu.Unlock()
+	if h.partition != nil {
+		h.partition = append(h.partition, 0)
+	}
+	h.nodes = append(h.nodes, &harnessNode{id: i, addr: harnessAddr(i), disk: h.newDisk(i)})
+	h.rewire()
+	h.start(i)
+	return i
+}
+
+// Remove has the leader take node i out of the cluster. The node goes on running.
+func (h *Harness) Remove(i int) {
+	h.t.Helper()
+	id := NodeID(strconv.Itoa(h.node(i).id))
+	h.action("Remove %d", i)
+	h.lead("Remove", func(ctx context.Context, s *Server) error { return s.Remove(ctx, id) })
+}
+
+// Transfer has the leader hand leadership to node i.
+func (h *Harness) Transfer(i int) {
+	h.t.Helper()
+	id := NodeID(strconv.Itoa(h.node(i).id))
+	h.action("Transfer to %d", i)
+	h.lead("Transfer", func(ctx context.Context, s *Server) error { return s.TransferLeadership(ctx, id) })
+}
+
+// lead has the leader do what only a leader can, and tries again where another
+// leader or a little later may succeed.
+func (h *Harness) lead(what string, f func(context.Context, *Server) error) {
+	h.t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), h.patience)
+	defer cancel()
+	for {
+		leader, _ := h.CheckSingleLeader()
+		err := f(ctx, h.nodes[leader].server)
+		var m *MembershipError
+		var t *TransferError
+		again := errors.As(err, &m) && (m.Reason == MembershipNotLeader || m.Reason == MembershipTooEarly) ||
+			errors.As(err, &t) && t.Reason == TransferNotLeader
+		switch {
+		case err == nil:
+			return
+		case !again || ctx.Err() != nil:
+			h.t.Fatalf("%s: %v", what, err)
+			return
+		}
+		pause := time.NewTimer(h.poll)
+		<-pause.C
+	}
+}
+
 // DisconnectPeer pulls node i's cables: nothing gets to it or comes from it.
 // What is under way arrives after ReconnectPeer, as with TCP.
 func (h *Harness) DisconnectPeer(i int) {
@@ -314,7 +388,7 @@ func (h *Harness) ReconnectPeer(i int) {
 // group names form one more group. It replaces an earlier partition.
 func (h *Harness) Partition(groups ...[]int) {
 	h.t.Helper()
-	h.partition = make([]int, h.n)
+	h.partition = make([]int, len(h.nodes))
 	for g, group := range groups {
 		for _, i := range group {
 			h.partition[h.node(i).id] = g + 1
@@ -573,7 +647,7 @@ func (h *Harness) connected(i int) bool {
 
 // connectedNodes returns the nodes that run and are not disconnected.
 func (h *Harness) connectedNodes() (nodes []int) {
-	for i := range h.n {
+	for i := range h.nodes {
 		if h.connected(i) {
 			nodes = append(nodes, i)
 		}

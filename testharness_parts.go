@@ -32,6 +32,7 @@ type harnessNet interface {
 	connect(i, j int, up bool)
 	stall(i, j int, on bool) bool
 	delay(floor, ceiling time.Duration) bool
+	grow(n int)     // makes room for n nodes
 	reset(i, j int) // the connections between i and j
 	close() int     // returns what nodes left open
 }
@@ -44,16 +45,23 @@ func harnessAddr(i int) string { return harnessHost(i) + ":1" }
 
 // memNet is the network in memory.
 type memNet struct {
-	net *memnet.Network
-	n   int
+	net     *memnet.Network
+	n       int
+	verdict verdictFunc
 }
 
 func newMemNet(n int, seed uint64, verdict verdictFunc) *memNet {
-	m := &memNet{memnet.New(seed), n}
-	m.pairs(func(i, j int) {
-		m.net.SetFilter(harnessHost(i), harnessHost(j), func(p []byte) memnet.Verdict { return verdict(i, j, p) })
-	})
+	m := &memNet{net: memnet.New(seed), verdict: verdict}
+	m.grow(n)
 	return m
+}
+
+// grow makes room for n nodes.
+func (m *memNet) grow(n int) {
+	m.n = n
+	m.pairs(func(i, j int) {
+		m.net.SetFilter(harnessHost(i), harnessHost(j), func(p []byte) memnet.Verdict { return m.verdict(i, j, p) })
+	})
 }
 
 // pairs calls f for each direction between two nodes.
@@ -210,6 +218,7 @@ func (n *tcpNet) reset(i, j int) {
 	}
 }
 
+func (n *tcpNet) grow(int)                                {}
 func (n *tcpNet) stall(int, int, bool) bool               { return false }
 func (n *tcpNet) delay(time.Duration, time.Duration) bool { return false }
 

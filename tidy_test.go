@@ -26,8 +26,8 @@ import (
 // coreFiles hold the algorithm and what it is made of: no lock, clock,
 // goroutine, channel or I/O. The simulator runs exactly these.
 var coreFiles = []string{
-	"core.go", "election.go", "entry.go", "errors.go", "event.go", "invariants.go", "log.go", "membership.go",
-	"message.go", "outbox.go", "pending.go", "progress.go", "quorum.go", "replication.go",
+	"change.go", "core.go", "election.go", "entry.go", "errors.go", "event.go", "invariants.go", "log.go", "membership.go",
+	"message.go", "outbox.go", "pending.go", "progress.go", "quorum.go", "replication.go", "transfer.go",
 }
 
 // coreImports are all that core files may import. Of the packages with a list,
@@ -41,6 +41,7 @@ var coreImports = map[string][]string{
 	"math/bits":       {"Mul64"},
 	"math/rand/v2":    {"Rand"},
 	"slices":          nil,
+	"strings":         {"Join"},
 	"sort":            {"Search"},
 	"time":            {"Time", "Duration", "Millisecond", "Unix"},
 }
@@ -81,7 +82,7 @@ var nestedModules = []string{"bench", "cmd/raftctl", "contrib", "e2e"}
 
 // readOnlyGlobals are the package variables that are no errors and that nobody writes.
 var readOnlyGlobals = []string{
-	"codec.go: castagnoli", "entry.go: castagnoli", "internal/vfs/mem.go: opNames", "internal/vfs/memnode.go: zeroPage",
+	"codec.go: castagnoli", "entry.go: castagnoli", "errors.go: membershipReasons", "errors.go: transferReasons", "internal/vfs/mem.go: opNames", "internal/vfs/memnode.go: zeroPage",
 	"internal/wal/format.go: castagnoli", "internal/wal/format.go: zeroBlock",
 }
 

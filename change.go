@@ -1,0 +1,251 @@
+package raft
+
+import (
+	"fmt"
+	"slices"
+)
+
+// This file changes the membership (§6, thesis 4). Every change of the voters
+// goes through joint consensus, also that of a single one: one mechanism. The
+// leader writes the joint configuration, and once that is committed the one
+// that is entered; a later leader goes on where it finds the log.
+
+// configEntry is a configuration and the entry that holds it.
+type configEntry struct {
+	index Index
+	conf  configuration
+}
+
+// maxMembers bounds a configuration, learners and leaving members included.
+const maxMembers = 128
+
+// entryMemberID numbers the i-th member that the entry at index adds. Founders
+// have numbers below 256.
+func entryMemberID(index Index, i int) memberID { return memberID(index)<<8 | memberID(i) }
+
+// adoptConfigurations uses every configuration among entries just appended: a
+// server uses the newest one in its log, committed or not (§6).
+func (c *core) adoptConfigurations(e Entries) {
+	for i := range e.Len() {
+		if e.kind(i) != entryConfiguration {
+			continue
+		}
+		conf, err := decodeConfiguration(e.data(i))
+		if err != nil {
+			c.die(fmt.Errorf("raft: entry %d: %w", e.First()+Index(i), err))
+			return
+		}
+		c.configs = append(c.configs, configEntry{e.First() + Index(i), conf})
+		c.useNewest()
+	}
+}
+
+// dropConfigurations goes back to the configuration before entry from, which
+// is being truncated.
+func (c *core) dropConfigurations(from Index) {
+	n := len(c.configs)
+	for n > 1 && c.configs[n-1].index >= from {
+		n--
+	}
+	if n < len(c.configs) {
+		c.configs = c.configs[:n]
+		c.useNewest()
+	}
+}
+
+// pruneConfigurations forgets those before the newest committed one: they can't
+// come back.
+func (c *core) pruneConfigurations() {
+	for len(c.configs) > 1 && c.configs[1].index <= c.commitIndex {
+		c.configs = slices.Delete(c.configs, 0, 1)
+	}
+}
+
+func (c *core) useNewest() {
+	c.configuration = c.configs[len(c.configs)-1].conf
+	if m := c.configuration.byName(c.name); m != nil && m.id != c.self {
+		c.self, c.removed = m.id, false
+	}
+	if c.role == Leader {
+		c.trackMembers(c.log.last)
+	}
+	c.emit(Event{Kind: EventMembership, Detail: describeMembers(c.configuration.list()), Index: c.configs[len(c.configs)-1].index})
+}
+
+// trackMembers gives a leader progress of exactly the other members. Whether
+// new ones have what comes before entry next is found out with it.
+func (c *core) trackMembers(next Index) {
+	var ps []*progress
+	for _, m := range c.configuration.members {
+		if m.id == c.self {
+			continue
+		}
+		p := c.progressOf(m.id)
+		if p == nil {
+			p = &progress{id: m.id, next: next, lastContact: c.now}
+		}
+		ps = append(ps, p)
+	}
+	c.progress = ps
+}
+
+// changeMembers appends a configuration that leads to the members that edit
+// makes of the current ones. It returns the entry, or why not: *MembershipError.
+func (c *core) changeMembers(edit func(list []Member) ([]Member, error)) (EntryID, error) {
+	refuse := func(r MembershipReason) (EntryID, error) {
+		return EntryID{}, &MembershipError{Reason: r, Leader: c.leader.label(c)}
+	}
+	newest := c.configs[len(c.configs)-1]
+	switch {
+	case c.role != Leader:
+		return refuse(MembershipNotLeader)
+	case c.commitIndex < c.firstOfTerm:
+		return refuse(MembershipTooEarly) // else two configurations could overlap without a common majority
+	case newest.index > c.commitIndex || newest.conf.changing():
+		return refuse(MembershipPending)
+	}
+	target, err := edit(newest.conf.list())
+	if err != nil {
+		return EntryID{}, err
+	}
+	next, voters := c.intend(&newest.conf, target)
+	switch {
+	case voters == 0:
+		return refuse(MembershipNoVoters)
+	case len(next.members) > maxMembers:
+		return refuse(MembershipTooMany)
+	case 2*c.reachable(&next) <= voters:
+		return refuse(MembershipQuorum)
+	}
+	if !slices.ContainsFunc(next.members, func(m member) bool { return m.next == becomesVoter }) && next.changing() {
+		next.joint = true // nobody has to catch up first
+	}
+	return c.appendConfiguration(next), nil
+}
+
+func (c *core) appendConfiguration(conf configuration) EntryID {
+	id := EntryID{c.log.last + 1, c.currentTerm}
+	c.appendLocal(makeEntry(entryConfiguration, id, c.stamp(), conf.encode()))
+	return id
+}
+
+// intend notes in each member what target makes of it, and counts the voters
+// then. A new member begins as a learner. What concerns only learners and
+// addresses is done at once.
+func (c *core) intend(conf *configuration, target []Member) (next configuration, voters int) {
+	next.clusterUUID = conf.clusterUUID
+	for _, m := range conf.members {
+		i := slices.IndexFunc(target, func(t Member) bool { return t.ID == m.name })
+		if i < 0 && m.learner {
+			continue
+		}
+		if i < 0 {
+			m.next = leaves
+		} else if t := target[i]; t.Learner != m.learner {
+			m.addr, m.next = t.Addr, becomesVoter
+			if t.Learner {
+				m.next = becomesLearner
+			}
+		} else {
+			m.addr = t.Addr
+		}
+		next.members = append(next.members, m)
+	}
+	added := 0
+	for _, t := range target {
+		if conf.byName(t.ID) != nil {
+			continue
+		}
+		m := member{id: entryMemberID(c.log.last+1, added), name: t.ID, addr: t.Addr, learner: true}
+		if !t.Learner {
+			m.next = becomesVoter
+		}
+		next.members = append(next.members, m)
+		added++
+	}
+	for i := range next.members {
+		if next.members[i].votes(true) {
+			voters++
+		}
+	}
+	return next, voters
+}
+
+// reachable counts the voters to be that answer. New ones count: they must
+// answer before they are counted on.
+func (c *core) reachable(next *configuration) (n int) {
+	for i := range next.members {
+		m := &next.members[i]
+		p := c.progressOf(m.id)
+		if m.votes(true) && (m.id == c.self || m.learner || p != nil && c.now.Sub(p.lastContact) < c.limits.electionTimeout) {
+			n++
+		}
+	}
+	return n
+}
+
+// wasRemoved tells whether id was a member and is none any more, for certain:
+// the newest committed configuration is later than the entry that added it.
+func (c *core) wasRemoved(id memberID) bool {
+	conf := c.configs[0]
+	return conf.index > 0 && conf.index <= c.commitIndex && Index(id>>8) <= conf.index && !conf.conf.has(id)
+}
+
+// changeDone tells whether the change that began with entry id is finished, or
+// came to nothing because another leader's entry is in its place.
+func (c *core) changeDone(id EntryID) (bool, error) {
+	if t, ok := c.log.term(id.Index); ok && t != id.Term || c.log.last < id.Index {
+		return true, ErrSuperseded
+	}
+	newest := c.configs[len(c.configs)-1]
+	return newest.index >= id.Index && newest.index <= c.commitIndex && !newest.conf.changing(), nil
+}
+
+// changing tells whether the configuration is one on the way to another.
+func (conf *configuration) changing() bool {
+	return slices.ContainsFunc(conf.members, func(m member) bool { return m.next != staysAsIs })
+}
+
+// entered returns the configuration at the end of the way.
+func (conf *configuration) entered() configuration {
+	out := configuration{clusterUUID: conf.clusterUUID}
+	for _, m := range conf.members {
+		if m.next == leaves {
+			continue
+		}
+		m.learner, m.next = !m.votes(true), staysAsIs
+		out.members = append(out.members, m)
+	}
+	return out
+}
+
+// continueChange takes the next step of a change once the last one is
+// committed, whichever leader began it.
+func (c *core) continueChange() {
+	newest := c.configs[len(c.configs)-1]
+	if c.role != Leader || newest.index > c.commitIndex || c.commitIndex < c.firstOfTerm {
+		return
+	}
+	switch conf := newest.conf; {
+	case conf.joint:
+		c.appendConfiguration(conf.entered())
+	case conf.changing() && c.caughtUp(&conf):
+		conf.members = slices.Clone(conf.members)
+		conf.joint = true
+		c.appendConfiguration(conf)
+	case !conf.voter(c.self) && !conf.changing():
+		// It led until the configuration without it was committed (§6).
+		c.becomeFollower(c.currentTerm, 0)
+	}
+}
+
+// caughtUp tells whether those who are to become voters have the log as it was
+// a heartbeat ago: they would not hold up a commit (thesis 4.2.1).
+func (c *core) caughtUp(conf *configuration) bool {
+	for _, m := range conf.members {
+		if m.next == becomesVoter && c.progressOf(m.id).match < c.heartbeatLast {
+			return false
+		}
+	}
+	return true
+}

@@ -1,0 +1,170 @@
+package raft
+
+import (
+	"context"
+	"net"
+	"slices"
+)
+
+// AddVoter adds a node as a learner, brings it up to date and makes it a
+// voter, or makes a voter of a learner. It returns once that is committed. Only
+// the leader changes the membership; the error is a *MembershipError, after
+// which nothing was changed, ErrSuperseded, or matches ErrOutcomeUnknown: then
+// Status shows what became of it, and a later leader may finish it.
+func (s *Server) AddVoter(ctx context.Context, m Member) error {
+	m.Learner = false
+	return s.changeMembers(ctx, func(list []Member) ([]Member, error) {
+		i := slices.IndexFunc(list, func(o Member) bool { return o.ID == m.ID })
+		switch {
+		case i < 0:
+			return append(list, m), nil
+		case !list[i].Learner:
+			return nil, &MembershipError{Reason: MembershipExists, Node: m.ID}
+		}
+		if list[i].Learner = false; m.Addr != "" {
+			list[i].Addr = m.Addr
+		}
+		return list, nil
+	})
+}
+
+// AddLearner adds a node that receives the log and does not vote. See AddVoter for errors.
+func (s *Server) AddLearner(ctx context.Context, m Member) error {
+	m.Learner = true
+	return s.changeMembers(ctx, func(list []Member) ([]Member, error) {
+		if slices.ContainsFunc(list, func(o Member) bool { return o.ID == m.ID }) {
+			return nil, &MembershipError{Reason: MembershipExists, Node: m.ID}
+		}
+		return append(list, m), nil
+	})
+}
+
+// Remove takes a member out of the cluster. See AddVoter for errors.
+func (s *Server) Remove(ctx context.Context, id NodeID) error {
+	return s.changeMembers(ctx, func(list []Member) ([]Member, error) { return without(list, id) })
+}
+
+// Replace adds a node and, once it has caught up, makes it a voter and removes
+// another in one step. See AddVoter for errors.
+func (s *Server) Replace(ctx context.Context, id NodeID, m Member) error {
+	return s.changeMembers(ctx, func(list []Member) ([]Member, error) {
+		if slices.ContainsFunc(list, func(o Member) bool { return o.ID == m.ID }) {
+			return nil, &MembershipError{Reason: MembershipExists, Node: m.ID}
+		}
+		list, err := without(list, id)
+		return append(list, m), err
+	})
+}
+
+func without(list []Member, id NodeID) ([]Member, error) {
+	i := slices.IndexFunc(list, func(o Member) bool { return o.ID == id })
+	if i < 0 {
+		return nil, &MembershipError{Reason: MembershipUnknown, Node: id}
+	}
+	return slices.Delete(list, i, i+1), nil
+}
+
+// ChangeMembers makes the cluster have exactly these members, in one change:
+// members not listed leave, new ones are added, known ones change their address
+// or their vote. See AddVoter for errors.
+func (s *Server) ChangeMembers(ctx context.Context, list []Member) error {
+	list = slices.Clone(list)
+	return s.changeMembers(ctx, func([]Member) ([]Member, error) { return list, nil })
+}
+
+// changeMembers proposes what edit makes of the members, and waits until the
+// cluster is there.
+func (s *Server) changeMembers(ctx context.Context, edit func([]Member) ([]Member, error)) error {
+	cm := s.cm
+	var id EntryID
+	var err error
+	cm.step(func(c *core) {
+		id, err = c.changeMembers(func(list []Member) ([]Member, error) {
+			out, err := edit(list)
+			if err == nil {
+				err = checkMembers(out)
+			}
+			return out, err
+		})
+	})
+	if err != nil {
+		return err
+	}
+	known := false
+	err = s.waitFor(ctx, func(c *core) (done bool, err error) {
+		done, err = c.changeDone(id)
+		known = done
+		return done, err
+	})
+	if err != nil && !known {
+		return outcomeUnknown(err)
+	}
+	return err
+}
+
+func checkMembers(list []Member) error {
+	seen := map[NodeID]bool{}
+	for _, m := range list {
+		_, _, err := net.SplitHostPort(m.Addr)
+		if err != nil || m.ID == "" || len(m.ID) > 255 || seen[m.ID] {
+			return &MembershipError{Reason: MembershipBad, Node: m.ID}
+		}
+		seen[m.ID] = true
+	}
+	return nil
+}
+
+// TransferLeadership hands leadership to a voter, "" for the one that is most
+// up to date, and returns once another node leads. Proposals made meanwhile
+// wait. The error is a *TransferError, ctx's, or ErrStopped; after one this
+// node may still lead.
+func (s *Server) TransferLeadership(ctx context.Context, to NodeID) error {
+	cm := s.cm
+	var err error
+	cm.step(func(c *core) {
+		var id memberID
+		if to != "" {
+			m := c.configuration.byName(to)
+			if m == nil {
+				err = &TransferError{Reason: TransferNotVoter, Node: to}
+				return
+			}
+			id = m.id
+		}
+		err = c.transferLeadership(id)
+	})
+	if err != nil || to == s.conf.ID {
+		return err
+	}
+	return s.waitFor(ctx, func(c *core) (bool, error) {
+		switch {
+		case c.role == Leader && c.transfer.to == 0:
+			return true, &TransferError{Reason: TransferTimeout, Node: to}
+		case c.role != Leader && c.leader != 0:
+			return true, nil
+		}
+		return false, nil
+	})
+}
+
+// waitFor looks at the core whenever its role, leader or membership has
+// changed, until f is done. The error is f's, ctx's, or ErrStopped.
+func (s *Server) waitFor(ctx context.Context, f func(c *core) (bool, error)) error {
+	cm := s.cm
+	for {
+		cm.mu.Lock()
+		done, err := f(cm.core)
+		changed := cm.changed
+		cm.unlock()
+		if done {
+			return err
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-cm.done:
+			return ErrStopped
+		}
+	}
+}

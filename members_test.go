@@ -1,0 +1,259 @@
+package raft
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+// voters returns the IDs of a node's voters, in the order of their numbers.
+func voters(s *Server) (ids []NodeID) {
+	for _, m := range s.Status().Members {
+		if !m.Learner {
+			ids = append(ids, m.ID)
+		}
+	}
+	return ids
+}
+
+// proposeN commits n commands named after what.
+func proposeN(t *testing.T, h *Harness, what string, n int) {
+	t.Helper()
+	for k := range n {
+		cmd := fmt.Sprintf("%s%d", what, k)
+		leader, _ := h.CheckSingleLeader()
+		if _, ok := h.SubmitToServer(leader, []byte(cmd)); !ok {
+			t.Fatalf("%s was not taken", cmd)
+		}
+		h.CheckCommitted([]byte(cmd))
+	}
+}
+
+// A fourth node is a learner until it has caught up, then votes (thesis 4.2.1).
+func TestAddVoter(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := NewHarness(t, 3)
+		proposeN(t, h, "before", 20)
+		i := h.Add()
+		leader, _ := h.CheckSingleLeader()
+		if got := voters(h.Server(leader)); len(got) != 4 {
+			t.Fatalf("voters are %v, want 4", got)
+		}
+		proposeN(t, h, "after", 5)
+		h.CheckLogsMatch()
+		// It restarts knowing where it belongs, and its vote counts: two of four
+		// are no majority, three are.
+		h.CrashPeer(i)
+		h.RestartPeer(i)
+		h.DisconnectPeer(0)
+		proposeN(t, h, "without0", 3)
+	})
+}
+
+// A removed follower is told so, stops campaigning and disturbs nobody (§6).
+func TestRemoveFollower(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := NewHarness(t, 4)
+		leader, term := h.CheckSingleLeader()
+		proposeN(t, h, "before", 3)
+		gone := (leader + 1) % 4
+		h.Remove(gone)
+		proposeN(t, h, "after", 3)
+		time.Sleep(10 * time.Second) // virtual: it has campaigned often, if it campaigns
+		st := h.Server(leader).Status()
+		if st.Role != Leader || st.Term != term || len(voters(h.Server(leader))) != 3 {
+			t.Errorf("after 10 s the leader of term %d is %v in term %d with voters %v", term, st.Role, st.Term, voters(h.Server(leader)))
+		}
+		for e := range h.Server(gone).Events(expired()) {
+			if e.Kind == EventRemoved {
+				return
+			}
+		}
+		t.Error("the removed node was not told")
+	})
+}
+
+// expired returns a context that has ended: recent events only.
+func expired() context.Context {
+	ctx, cancel := context.WithCancel(context.Background())
+	cancel()
+	return ctx
+}
+
+// A leader that is removed commits the configuration without it, stops leading,
+// and another takes over (§6).
+func TestRemoveLeader(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := NewHarness(t, 3)
+		leader, _ := h.CheckSingleLeader()
+		proposeN(t, h, "before", 3)
+		h.Remove(leader)
+		h.CrashPeer(leader)
+		next, _ := h.CheckSingleLeader()
+		if next == leader {
+			t.Fatal("the removed node leads")
+		}
+		if got := voters(h.Server(next)); len(got) != 2 {
+			t.Errorf("voters are %v, want 2", got)
+		}
+		proposeN(t, h, "after", 3)
+	})
+}
+
+// Five nodes are replaced one by one, and the log stays.
+func TestReplaceAll(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := NewHarness(t, 5)
+		proposeN(t, h, "before", 5)
+		for i := range 5 {
+			j := h.startNew()
+			m := Member{ID: NodeID(fmt.Sprint(j)), Addr: harnessAddr(j)}
+			h.lead("Replace", func(ctx context.Context, s *Server) error { return s.Replace(ctx, NodeID(fmt.Sprint(i)), m) })
+			h.CrashPeer(i)
+			proposeN(t, h, fmt.Sprintf("replaced%d-", i), 2)
+		}
+		leader, _ := h.CheckSingleLeader()
+		if got := fmt.Sprint(voters(h.Server(leader))); got != "[5 6 7 8 9]" {
+			t.Errorf("voters are %v", got)
+		}
+		h.CheckLogsMatch()
+	})
+}
+
+// A leader that fails between the joint configuration and the next one leaves
+// it to a later leader to finish the change (thesis 4.3).
+func TestChangeSurvivesLeader(t *testing.T) {
+	for seed := range uint64(6) {
+		t.Run(fmt.Sprint(seed), func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				h := NewHarness(t, 3, WithSeed(seed))
+				proposeN(t, h, "before", 3)
+				leader, _ := h.CheckSingleLeader()
+				i := h.startNew()
+				ctx, cancel := context.WithCancel(context.Background())
+				done := make(chan error, 1)
+				go func() {
+					done <- h.Server(leader).AddVoter(ctx, Member{ID: NodeID(fmt.Sprint(i)), Addr: harnessAddr(i)})
+				}()
+				time.Sleep(time.Duration(seed) * 20 * time.Millisecond) // virtual
+				h.CrashPeer(leader)
+				cancel()
+				var refused *MembershipError // it crashed first
+				if err := <-done; err != nil && !errors.Is(err, ErrOutcomeUnknown) && !errors.As(err, &refused) {
+					t.Fatalf("AddVoter: %v", err)
+				}
+				h.RestartPeer(leader)
+				proposeN(t, h, "after", 3)
+				next, _ := h.CheckSingleLeader()
+				// Whatever became of it, the cluster is not stuck: the next change works.
+				if len(voters(h.Server(next))) == 3 && len(h.Server(next).Status().Members) == 3 {
+					h.lead("Add", func(ctx context.Context, s *Server) error {
+						return s.AddVoter(ctx, Member{ID: NodeID(fmt.Sprint(i)), Addr: harnessAddr(i)})
+					})
+				}
+				time.Sleep(2 * time.Second) // virtual
+				next, _ = h.CheckSingleLeader()
+				if got := voters(h.Server(next)); len(got) != 4 {
+					t.Errorf("voters are %v, want 4", got)
+				}
+			})
+		})
+	}
+}
+
+// Every change that can't be made is refused with its reason, and nothing changes.
+func TestMembershipRefusals(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := NewHarness(t, 3)
+		leader, _ := h.CheckSingleLeader()
+		proposeN(t, h, "x", 1)
+		s, ctx := h.Server(leader), context.Background()
+		follower := h.Server((leader + 1) % 3)
+		check := func(what string, err error, want MembershipReason) {
+			t.Helper()
+			var m *MembershipError
+			if !errors.As(err, &m) || m.Reason != want {
+				t.Errorf("%s: got %v, want reason %d", what, err, want)
+			}
+		}
+		check("on a follower", follower.AddVoter(ctx, Member{ID: "9", Addr: "node9:1"}), MembershipNotLeader)
+		check("twice", s.AddVoter(ctx, Member{ID: "1", Addr: "node1:1"}), MembershipExists)
+		check("a learner twice", s.AddLearner(ctx, Member{ID: "1", Addr: "node1:1"}), MembershipExists)
+		check("an absent one", s.Remove(ctx, "9"), MembershipUnknown)
+		check("no address", s.AddVoter(ctx, Member{ID: "9", Addr: "nowhere"}), MembershipBad)
+		check("nobody", s.ChangeMembers(ctx, nil), MembershipNoVoters)
+		h.DisconnectPeer((leader + 1) % 3)
+		time.Sleep(200 * time.Millisecond) // virtual: an election timeout
+		check("quorum at risk", s.Remove(ctx, NodeID(fmt.Sprint((leader+2)%3))), MembershipQuorum)
+		if got := len(s.Status().Members); got != 3 {
+			t.Errorf("%d members after refusals", got)
+		}
+	})
+}
+
+// Leadership goes to a named node, and no proposal made meanwhile is lost.
+func TestTransfer(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := NewHarness(t, 3)
+		for range 6 {
+			leader, term := h.CheckSingleLeader()
+			to := (leader + 1) % 3
+			p := h.Server(leader).Submit([]byte(fmt.Sprintf("during%d", term)))
+			began := time.Now()
+			h.Transfer(to)
+			if took := time.Since(began); took > 150*time.Millisecond {
+				t.Errorf("the transfer took %v", took)
+			}
+			if next, _ := h.CheckSingleLeader(); next != to {
+				t.Fatalf("%d leads, want %d", next, to)
+			}
+			if _, err := p.Wait(context.Background()); err != nil {
+				t.Errorf("a proposal made before the transfer: %v", err)
+			}
+		}
+	})
+}
+
+func TestTransferRefusals(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := NewHarness(t, 3)
+		leader, term := h.CheckSingleLeader()
+		s, ctx := h.Server(leader), context.Background()
+		check := func(what string, err error, want TransferReason) {
+			t.Helper()
+			var e *TransferError
+			if !errors.As(err, &e) || e.Reason != want {
+				t.Errorf("%s: got %v, want reason %d", what, err, want)
+			}
+		}
+		check("on a follower", h.Server((leader+1)%3).TransferLeadership(ctx, ""), TransferNotLeader)
+		check("to nobody", s.TransferLeadership(ctx, "9"), TransferNotVoter)
+		dead := (leader + 1) % 3
+		h.CrashPeer(dead)
+		time.Sleep(200 * time.Millisecond) // virtual: an election timeout
+		check("to a dead node", s.TransferLeadership(ctx, NodeID(fmt.Sprint(dead))), TransferUnreachable)
+		if now, t2 := h.CheckSingleLeader(); now != leader || t2 != term {
+			t.Errorf("refusals changed the leader")
+		}
+		proposeN(t, h, "still", 2)
+	})
+}
+
+// A node that waits to be added hears heartbeats before it has any entry: its
+// election timer must still come to rest.
+func TestJoiningNodeTicksAtItsDeadline(t *testing.T) {
+	c := testCore(t, 1, 3)
+	c.configuration, c.configs = configuration{}, []configEntry{{}}
+	c.now = c.now.Add(time.Second)
+	c.onAppendRequest(&appendArgs{Term: 1, Leader: 2, Heartbeat: true}, nil)
+	persist(t, c)
+	c.now = c.electionDeadline
+	c.tick()
+	persist(t, c)
+	if !c.electionDeadline.After(c.now) || c.role != Follower {
+		t.Errorf("after its deadline the node is a %v whose deadline has not moved", c.role)
+	}
+}
