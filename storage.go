@@ -25,7 +25,7 @@ type Recovered struct {
 	Start       EntryID   // the log begins after this entry
 	Last        Index     // newest entry, Start.Index if there is none
 	Runs        []EntryID // first entry of each run of equal terms from Start.Index+1 to Last
-	Tail        []Entries // the newest entries, as far as memory should hold them; may be empty
+	Tail        []Entries // the newest entries, as far as memory should hold them; at least the last one, if there is one
 	Config      []byte    // data of the newest configuration entry, nil in an unformed directory
 	ConfigIndex Index
 	DirectoryID [16]byte // random, made with the directory
