@@ -48,6 +48,7 @@ type diskStorage struct {
 	spans   []entrySpan
 	configs configList
 	start   EntryID
+	gap     bool // during Open: entries were read whose predecessors are gone
 }
 
 // entrySpan says where consecutive entries are: in the record at lsn, which
@@ -91,6 +92,10 @@ func (d *diskStorage) Open(ctx context.Context, id Identity) (rec Recovered, err
 	})
 	if err != nil {
 		return rec, d.explain(err)
+	}
+	if d.gap {
+		d.log.Close()
+		return rec, &CorruptError{File: d.options.Dir, Found: fmt.Sprintf("a log whose oldest entry is %d, without a record of where it starts", l.start.Index+1), Do: doRestore}
 	}
 	if err := d.countBoot(&rec); err != nil {
 		d.log.Close()
@@ -145,19 +150,20 @@ func (d *diskStorage) replay(rec *Recovered, l *raftLog, lsn wal.LSN, r wal.Reco
 		if err != nil {
 			return malformed("entries", err)
 		}
-		if e.First() > l.last+1 && l.last > 0 || e.Last() <= l.start.Index {
-			if e.Last() <= l.start.Index {
-				return nil // forgotten since
-			}
-			return malformed("entries", fmt.Errorf("entry %d follows entry %d", e.First(), l.last))
+		if !d.gap && e.Last() <= l.start.Index {
+			return nil // forgotten since
 		}
-		if e.First() <= l.start.Index {
+		if !d.gap && e.First() <= l.start.Index {
 			e = e.slice(int(l.start.Index-e.First())+1, e.Len())
 		}
-		l.truncate(e.First())
-		if l.last == 0 && e.First() > 1 {
-			return nil // its beginning was released; a start record follows
+		if e.First() > l.last+1 || e.First() <= l.start.Index {
+			// What was before it is in segments that were released, so a record
+			// follows that the log starts later. Until then the start is a guess.
+			d.gap = true
+			*l = newRaftLog(EntryID{Index: e.First() - 1}, e.First()-1, nil, nil)
+			d.spans = nil
 		}
+		l.truncate(e.First())
 		l.append(e)
 		l.evict(d.tailBytes, l.last)
 		d.index(e, lsn, len(r.Data))
@@ -168,16 +174,19 @@ func (d *diskStorage) replay(rec *Recovered, l *raftLog, lsn wal.LSN, r wal.Reco
 }
 
 func (d *diskStorage) replayStart(l *raftLog, start EntryID, conf configAt) {
-	if start.Index <= l.start.Index {
+	switch {
+	case start.Index < l.start.Index || start.Index == l.start.Index && !d.gap:
 		return
-	}
-	if start.Index <= l.last {
+	case start.Index == l.start.Index:
+		l.start = start
+	case start.Index <= l.last:
 		l.compact(start.Index)
-	} else {
+	default:
 		*l = newRaftLog(start, start.Index, nil, nil)
 	}
+	d.gap = false
 	d.start = start
-	d.configs.begin(conf)
+	d.configs.begin(start.Index, conf)
 	d.forget(start.Index)
 }
 

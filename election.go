@@ -60,6 +60,7 @@ func (c *core) startCampaign() {
 	}
 	if c.role == Candidate {
 		c.role = Follower // the votes of this term are lost; ask again before raising it
+		c.emit(Event{Kind: EventRole, Role: Follower})
 	}
 	c.leader = 0
 	c.ask(&campaign{preVote: true, term: c.currentTerm + 1}, false)

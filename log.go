@@ -148,10 +148,11 @@ func (l *raftLog) compact(i Index) {
 }
 
 // evict drops the oldest runs from memory while more than limit bytes are held,
-// but no entry above durable: that one can't be read from disk yet.
+// but not the newest run, which tells the time of the last entry, and no entry
+// above durable: that one can't be read from disk yet.
 func (l *raftLog) evict(limit int, durable Index) {
 	n := 0
-	for bytes := l.tailBytes; bytes > limit && n < len(l.tail) && l.tail[n].Last() <= durable; n++ {
+	for bytes := l.tailBytes; bytes > limit && n < len(l.tail)-1 && l.tail[n].Last() <= durable; n++ {
 		bytes -= l.tail[n].size()
 	}
 	if n > 0 {

@@ -94,15 +94,15 @@ func (l *simClients) arrive(s *sim) {
 	s.push(simEvent{at: s.now + s.someTimeouts(0.5, 4), kind: evForwardTimeout, node: n.i, run: n.run, msg: &simMsg{call: call}})
 }
 
-// lag returns how many entries the longest log is ahead of the shortest.
+// lag returns how many entries the longest log has that some node lacks: those
+// it must still be sent to become equal.
 func (s *sim) lag() Index {
 	lo, hi := ^Index(0), Index(0)
 	for _, n := range s.nodes {
-		last := n.disk.last()
+		lo, hi = min(lo, s.book.durableCommitted(n)), max(hi, n.disk.last())
 		if n.core != nil {
-			last = n.core.log.last
+			hi = max(hi, n.core.log.last)
 		}
-		lo, hi = min(lo, last), max(hi, last)
 	}
 	return hi - lo
 }

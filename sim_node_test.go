@@ -14,6 +14,7 @@ type simNode struct {
 	id     memberID
 	limits limits
 	disk   *simDisk // survives crashes as far as it was flushed
+	wal    *simWAL  // the real log beside it, nil in most seeds
 
 	run        uint32 // counts starts; events of an earlier run are void
 	core       *core  // nil while down
@@ -50,6 +51,10 @@ func newSimNode(s *sim, i int, first Entries) *simNode {
 		base = &s.nodes[0].limits
 	}
 	n.limits = s.drawLimits(s.seed%3 != 0, base)
+	if s.swarm.wal {
+		n.wal = newSimWAL(s, n)
+		n.wal.begin(s, first)
+	}
 	n.clockBase = time.Duration(s.rng.Int64N(int64(2 * time.Hour)))
 	n.seenMatch = make([]Index, s.swarm.nodes)
 	return n
@@ -62,15 +67,21 @@ func (s *sim) localNow(n *simNode) time.Time {
 // boot starts a run of the node from what its disk recovers.
 func (s *sim) boot(n *simNode) {
 	n.restarting = false
-	rec, err := n.disk.Open(context.Background(), Identity{})
-	if err != nil {
-		s.fail("node %d does not start: %v", n.i, err)
+	var rec Recovered
+	if n.wal != nil {
+		var ok bool
+		if rec, ok = s.recover(n); !ok {
+			s.restartAfter(n, s.someTimeouts(0.001, 1))
+			return
+		}
+	} else {
+		rec, _ = n.disk.Open(context.Background(), Identity{})
+		rec.Tail = n.disk.tail(s.rng.IntN(4096))
 	}
 	conf, err := decodeConfiguration(rec.Config)
 	if err != nil {
 		s.fail("node %d: %v", n.i, err)
 	}
-	rec.Tail = n.disk.tail(s.rng.IntN(4096))
 	n.run++
 	n.box, n.wait = outbox{}, pending{applied: rec.Start.Index, maxKept: 4096}
 	n.applying, n.flushing, n.beating, n.timerAt = false, false, false, 0
@@ -108,7 +119,7 @@ func (s *sim) end(n *simNode) {
 		if s.boundary(n) {
 			return
 		}
-		n.disk.Append(*out.save)
+		n.appendDisk(*out.save)
 		if s.boundary(n) {
 			return
 		}
@@ -136,7 +147,7 @@ func (s *sim) end(n *simNode) {
 			d = s.swarm.timeout / 1000
 		}
 		// The disk is read now and the answer takes its time, so that it may be old.
-		entries, err := n.disk.Read(q.lo, q.hi, q.maxBytes)
+		entries, err := n.readDisk(q.lo, q.hi, q.maxBytes)
 		if err != nil {
 			s.fail("node %d asks for entries %d to %d: %v", n.i, q.lo, q.hi, err)
 		}
@@ -295,24 +306,27 @@ func (s *sim) onFlushed(n *simNode, e simEvent) {
 	if n.core.role == Dead {
 		return
 	}
-	if s.faulty && s.chance(s.swarm.flushFailP) {
-		s.note(n.i, "the disk fails")
-		s.begin(n).die(errSimDisk)
-		s.end(n)
-		// The process may linger, dead, before its supervisor restarts it.
-		n.restarting = true
-		s.restartAfter(n, s.someTimeouts(0.01, 5))
-		return
-	}
 	if s.boundary(n) {
 		return
 	}
-	n.disk.flushTo(e.lsn)
+	lsn, err := n.flushDisk(e.lsn)
+	if errors.Is(err, errSimPower) {
+		s.crashAndRestart(n)
+		return
+	}
+	if err != nil {
+		s.note(n.i, "the disk fails: %v", err)
+		s.begin(n).die(err)
+		s.end(n)
+		// The process may linger, dead, before its supervisor restarts it.
+		s.restartAfter(n, s.someTimeouts(0.01, 5))
+		return
+	}
 	s.book.diskChanged(s, n)
 	if s.boundary(n) {
 		return
 	}
-	s.begin(n).persisted(e.lsn, e.took)
+	s.begin(n).persisted(lsn, e.took)
 	s.end(n)
 }
 
@@ -333,7 +347,7 @@ func (s *sim) onApply(n *simNode) {
 	runs, ok := c.log.from(lo, c.commitIndex, limit)
 	if !ok {
 		var err error
-		if runs, err = n.disk.Read(lo, min(c.commitIndex, c.log.firstInMemory()-1), limit); err != nil {
+		if runs, err = n.readDisk(lo, min(c.commitIndex, c.log.firstInMemory()-1), limit); err != nil {
 			s.fail("node %d can't read committed entry %d: %v", n.i, lo, err)
 		}
 	}
@@ -383,7 +397,7 @@ func (s *sim) crash(n *simNode) {
 	term, first := n.core.currentTerm, n.core.firstOfTerm
 	n.core = nil
 	n.run++
-	n.disk.crash(s.rng)
+	n.crashDisk()
 	if leader, ok := s.book.leaders[term]; ok && leader == n.i && n.disk.hard.Term < term {
 		s.book.unsay(first, term)
 	}

@@ -66,6 +66,7 @@ type simEvent struct {
 type simSwarm struct {
 	nodes, voters int
 	timeout       time.Duration
+	wal           bool // the real log on a file system that loses power
 	ordered       bool // append streams keep their order, as TCP would
 	delayMin      time.Duration
 	delayMean     time.Duration
@@ -266,6 +267,7 @@ func (s *sim) drawSwarm() {
 	w.keys = s.between(1, simKeys)
 	w.rounds = s.between(1, 4)
 	w.roundTimeouts = s.between(10, 60)
+	w.wal = s.chance(0.3)
 	if s.chance(0.4) {
 		s.drawChurn(w)
 	}

@@ -25,7 +25,7 @@ type Recovered struct {
 	Start       EntryID   // the log begins after this entry
 	Last        Index     // newest entry, Start.Index if there is none
 	Runs        []EntryID // first entry of each run of equal terms from Start.Index+1 to Last
-	Tail        []Entries // the newest entries, as far as memory should hold them; may be empty
+	Tail        []Entries // the newest entries, as far as memory should hold them; at least the last one, if there is one
 	Config      []byte    // data of the newest configuration entry, nil in an unformed directory
 	ConfigIndex Index
 	older       []configAt // configurations before it, which a truncation may bring back
@@ -195,9 +195,9 @@ func (l *configList) asOf(i Index) configAt {
 	return (*l)[0]
 }
 
-// begin replaces everything at or before conf by conf, with which the log now begins.
-func (l *configList) begin(conf configAt) {
-	*l = slices.DeleteFunc(*l, func(c configAt) bool { return c.index <= conf.index })
+// begin takes note that the log now begins after start, where conf held.
+func (l *configList) begin(start Index, conf configAt) {
+	*l = slices.DeleteFunc(*l, func(c configAt) bool { return c.index <= start })
 	if conf.index > 0 {
 		*l = slices.Insert(*l, 0, conf)
 	}

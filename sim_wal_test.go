@@ -1,0 +1,249 @@
+package raft
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"math/rand/v2"
+
+	"example.com/raft/internal/vfs"
+	"example.com/raft/internal/wal"
+)
+
+// simWAL is the real disk storage of a node, on a file system in memory that
+// loses power. The node's simDisk runs beside it as the model: what the log
+// recovers must be what the model has durable, and perhaps a part of what was
+// under way.
+type simWAL struct {
+	mem     *vfs.Mem
+	rng     *rand.Rand
+	options wal.Options
+	id      Identity
+	storage *diskStorage
+	ops     int   // operations left until the next one fails with err, 0 if none will
+	err     error // with which it fails
+	fired   bool
+}
+
+var errSimPower = errors.New("power failure")
+
+func newSimWAL(s *sim, n *simNode) *simWAL {
+	rng := rand.New(rand.NewPCG(s.seed, uint64(n.i)+77))
+	w := &simWAL{mem: vfs.NewMem(rng), rng: rng, id: Identity{ClusterID: "sim", NodeID: s.conf.members[n.i].name}}
+	w.options = wal.Options{
+		MinSegmentBytes: 16384, MaxSegmentBytes: 16384 << s.rng.IntN(3), MaxSpares: s.between(-1, 2),
+		Rand: rng.Uint64, PrepareInline: true,
+	}
+	w.mem.SetHook(func(op vfs.Op) error {
+		if w.ops == 0 || !op.Kind.Changes() {
+			return nil
+		}
+		if w.ops--; w.ops > 0 {
+			return nil
+		}
+		w.fired = true
+		return w.err
+	})
+	return w
+}
+
+// failSoon makes one of the next operations that change the disk fail.
+func (w *simWAL) failSoon(err error, within int) {
+	w.ops, w.err, w.fired = 1+w.rng.IntN(within), err, false
+}
+
+func (w *simWAL) open(tailBytes int) (Recovered, error) {
+	w.storage = &diskStorage{fs: w.mem, dir: "node", tailBytes: tailBytes, options: w.options, salt: func(b []byte) {
+		for i := range b {
+			b[i] = byte(w.rng.Uint32())
+		}
+	}}
+	return w.storage.Open(context.Background(), w.id)
+}
+
+// begin puts the first entry into the empty directory.
+func (w *simWAL) begin(s *sim, first Entries) {
+	if _, err := w.open(1 << 20); err != nil {
+		s.fail("an empty directory does not open: %v", err)
+	}
+	w.storage.Append(Save{LSN: 1, Entries: []Entries{first}})
+	if _, err := w.storage.Flush(); err != nil {
+		s.fail("the first flush: %v", err)
+	}
+	if err := w.storage.Close(); err != nil {
+		s.fail("the first close: %v", err)
+	}
+}
+
+// stop ends the process. Without power the machine loses what was not synced;
+// with it the page cache stays.
+func (w *simWAL) stop(power bool) {
+	w.ops = 0
+	if power {
+		w.mem.Kill()
+	} else {
+		w.mem.Crash(w.rng.IntN)
+	}
+	w.storage = nil
+}
+
+// recover opens the real log and lets the model follow it. It returns false if
+// the power failed again meanwhile.
+func (s *sim) recover(n *simNode) (Recovered, bool) {
+	w, d := n.wal, n.disk
+	if s.faulty && s.chance(0.1) {
+		w.failSoon(errSimPower, 12)
+	}
+	rec, err := w.open(s.rng.IntN(4096))
+	if w.fired && errors.Is(err, errSimPower) {
+		w.fired = false
+		w.stop(false)
+		s.note(n.i, "the power fails during recovery")
+		return rec, false
+	}
+	w.ops, w.fired = 0, false
+	if err != nil {
+		s.fail("node %d does not start: %v", n.i, err)
+	}
+	var parts []Save
+	for i := range d.staged {
+		parts = append(parts, d.staged[i].parts()...)
+	}
+	for k := 0; ; k++ {
+		if s.recovered(n, &rec) {
+			break
+		}
+		if k == len(parts) {
+			s.fail("12 node %d recovers %+v %v..%d %v, which is not what was durable with a part of what was under way; durable at last: %+v %v..%d",
+				n.i, rec.HardState, rec.Start, rec.Last, rec.Runs, d.hard, d.start, d.last())
+		}
+		d.apply(&parts[k])
+	}
+	s.book.diskChanged(s, n)
+	d.staged, d.lsn = nil, 0
+	return rec, true
+}
+
+// recovered tells whether the real log recovered exactly what the model has.
+func (s *sim) recovered(n *simNode, rec *Recovered) bool {
+	d := n.disk
+	if rec.HardState != d.hard || rec.Start != d.start || rec.Last != d.last() || !bytes.Equal(rec.Config, d.config) {
+		return false
+	}
+	for lo := rec.Start.Index + 1; lo <= rec.Last; {
+		runs, err := n.wal.storage.Read(lo, rec.Last, 1<<16)
+		if err != nil {
+			s.fail("node %d recovers entry %d and can't read it: %v", n.i, lo, err)
+		}
+		for _, e := range runs {
+			if !d.same(e) {
+				return false
+			}
+			lo = e.Last() + 1
+		}
+	}
+	last := rec.Last + 1
+	for i := len(rec.Tail) - 1; i >= 0; i-- {
+		e := rec.Tail[i]
+		if e.First() <= rec.Start.Index { // a run that was partly compacted
+			e = e.slice(int(rec.Start.Index-e.First())+1, e.Len())
+		}
+		if e.Last()+1 != last || !d.same(e) {
+			s.fail("node %d recovers a tail whose run %d to %d comes before %d (as stored: %v)", n.i, e.First(), e.Last(), last, d.same(e))
+		}
+		last = e.First()
+	}
+	if rec.Last > rec.Start.Index && len(rec.Tail) == 0 {
+		s.fail("node %d recovers a log without its newest entry in memory", n.i)
+	}
+	l := newRaftLog(rec.Start, rec.Last, rec.Runs, rec.Tail)
+	for i := rec.Start.Index + 1; i <= rec.Last; i++ {
+		if want, _ := d.term(i); !l.matches(EntryID{i, want}) {
+			s.fail("node %d recovers runs of terms %v, entry %d is of term %d", n.i, rec.Runs, i, want)
+		}
+	}
+	return true
+}
+
+// same tells whether the model has exactly these entries.
+func (d *simDisk) same(e Entries) bool {
+	for i := range e.Len() {
+		at := e.First() + Index(i)
+		if at <= d.start.Index || at > d.last() || !bytes.Equal(d.entries[at-d.start.Index-1].raw, e.raw(i)) {
+			return false
+		}
+	}
+	return true
+}
+
+// append and the following are how a node uses its disk: the model, and the
+// real log if the seed has one.
+func (n *simNode) appendDisk(save Save) {
+	n.disk.Append(save)
+	if n.wal != nil {
+		n.wal.storage.Append(save)
+	}
+}
+
+func (n *simNode) readDisk(lo, hi Index, maxBytes int) ([]Entries, error) {
+	if n.wal == nil {
+		return n.disk.Read(lo, hi, maxBytes)
+	}
+	runs, err := n.wal.storage.Read(lo, hi, maxBytes)
+	for _, e := range runs {
+		if e.Len() == 0 || e.First() != lo || !n.disk.same(e) {
+			n.s.fail("node %d reads entries %d to %d, which are not those it wrote", n.i, e.First(), e.Last())
+		}
+		lo = e.Last() + 1
+	}
+	return runs, err
+}
+
+// flushDisk makes saves up to lsn durable. It returns errSimPower if the power
+// failed during it and errSimDisk if the disk did.
+func (n *simNode) flushDisk(lsn LSN) (LSN, error) {
+	s, w := n.s, n.wal
+	fails := s.faulty && s.chance(s.swarm.flushFailP)
+	if w == nil {
+		if fails {
+			return 0, errSimDisk
+		}
+		n.disk.flushTo(lsn)
+		return lsn, nil
+	}
+	switch {
+	case fails:
+		w.failSoon(errSimDisk, 3)
+	case s.faulty && s.chance(s.swarm.boundaryP*0.01):
+		w.failSoon(errSimPower, 4)
+	}
+	if s.chance(0.02) && w.ops == 0 {
+		if err := w.storage.log.Prepare(); err != nil {
+			s.fail("node %d prepares a segment: %v", n.i, err)
+		}
+	}
+	lsn, err := w.storage.Flush()
+	if err != nil && !w.fired {
+		s.fail("node %d can't flush a sound disk: %v", n.i, err)
+	}
+	if err == nil && s.chance(0.05) && w.ops == 0 {
+		if err := w.storage.Seal(); err != nil {
+			s.fail("node %d can't seal: %v", n.i, err)
+		}
+	}
+	w.ops, w.fired = 0, false
+	if err != nil {
+		return 0, err
+	}
+	n.disk.flushTo(lsn)
+	return lsn, nil
+}
+
+// crashDisk loses what is lost when the node stops.
+func (n *simNode) crashDisk() {
+	if n.wal == nil {
+		n.disk.crash(n.s.rng)
+		return
+	}
+	n.wal.stop(n.s.chance(0.3))
+}
