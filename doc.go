@@ -1,7 +1,7 @@
 /*
 Package raft keeps a state machine identical on several machines: the Raft
 consensus algorithm of Ongaro and Ousterhout with leader election, log
-replication and durable storage. A service imports it, gives it a state
+replication, durable storage and membership changes. A service imports it, gives it a state
 machine, and gets a cluster that goes on while a majority of its nodes lives.
 
 	type counter struct{ n int64 }
@@ -59,8 +59,6 @@ machine, and gets a cluster that goes on while a majority of its nodes lives.
     there is no ReadIndex yet. Propose the read as a command to be sure.
   - The log only grows, and a restart applies all of it: there are no snapshots
     yet.
-  - The members are those of Bootstrap: there are no membership changes yet. A
-    node whose disk was lost cannot be replaced.
   - Nodes are trusted: a node that lies, or a disk that says it has synced what
     it has not, breaks every promise. So do two copies of one data directory
     that run at once, and a directory that was set back to an older state;
