@@ -190,11 +190,13 @@ func (tc *testCluster) release(n *testNode) {
 	}
 }
 
+const downSuffix = " is down: lost"
+
 // deliver hands a message to its receiver.
 func (tc *testCluster) deliver(m *testMessage) {
 	n := tc.nodes[m.to-1]
 	if n.core == nil {
-		tc.say("%s is down: lost", n.name)
+		tc.say("%s%s", n.name, downSuffix)
 		return
 	}
 	tc.step(n, func(c *core) {
@@ -236,18 +238,17 @@ func (tc *testCluster) forget(from, to memberID) {
 	})
 }
 
-// breakConnection closes the append connection between two nodes, and both
-// find out.
+// breakConnection closes the append connection from one node to another, and
+// the sender finds out: nothing unanswered on it will be answered.
 func (tc *testCluster) breakConnection(from, to memberID) {
-	var lost []*appendArgs
-	for _, m := range tc.net {
-		if a := m.req.append; a != nil && !a.Heartbeat && a.Leader == from && (m.to == to || m.from == to) {
-			lost = append(lost, a)
-		}
-	}
 	tc.forget(from, to)
-	for _, a := range lost {
-		tc.step(tc.nodes[from-1], func(c *core) { c.onAppendFailed(to, a) })
+	c := tc.nodes[from-1].core
+	p := c.progressOf(to)
+	if p == nil {
+		return
+	}
+	for _, a := range slices.Clone(p.inflight) {
+		tc.step(tc.nodes[from-1], func(c *core) { c.onAppendFailed(to, &appendArgs{Term: c.currentTerm, Seq: a.seq}) })
 	}
 }
 
@@ -435,25 +436,26 @@ func describeAnswer(a *appendArgs, r *appendReply) string {
 // table shows the state of every node.
 func (tc *testCluster) table(nodes []*testNode) string {
 	var b strings.Builder
-	b.WriteString("node  role       term  vote  log\n")
+	width := len("node")
+	for _, n := range nodes {
+		width = max(width, len(n.name))
+	}
+	fmt.Fprintf(&b, "%-*s  role       term  %-*s  log\n", width, "node", width, "vote")
 	for _, n := range nodes {
 		if n.core == nil {
-			fmt.Fprintf(&b, "%-4s  down\n", n.name)
+			fmt.Fprintf(&b, "%-*s  down\n", width, n.name)
 			continue
 		}
 		c, vote := n.core, "-"
 		if c.votedFor != 0 {
 			vote = tc.name(c.votedFor)
 		}
-		fmt.Fprintf(&b, "%-4s  %-9s  %4d  %-4s  ", n.name, c.role, c.currentTerm, vote)
+		fmt.Fprintf(&b, "%-*s  %-9s  %4d  %-*s ", width, n.name, c.role, c.currentTerm, width, vote)
 		for i, t := range n.terms() {
-			if i > 0 {
-				b.WriteString(" ")
-			}
 			if Index(i+1) > c.durableIndex {
-				fmt.Fprintf(&b, "(%d)", t)
+				fmt.Fprintf(&b, " (%d)", t)
 			} else {
-				fmt.Fprintf(&b, "%d", t)
+				fmt.Fprintf(&b, " %d", t)
 			}
 			if Index(i+1) == c.commitIndex {
 				b.WriteString(" |")

@@ -121,10 +121,16 @@ func (s *script) command(verb string, args []string) (err error) {
 		}
 	case "progress":
 		s.progress(s.node(args, 0))
+	case "wait":
+		d, err := time.ParseDuration(s.arg(args, 0))
+		if err != nil {
+			return err
+		}
+		tc.now = tc.now.Add(d)
 	case "timeout":
 		tc.timeout(s.node(args, 0))
 	case "elect":
-		tc.elect(s.node(args, 0))
+		s.quietly("AppendEntries", func() string { tc.elect(s.node(args, 0)); return "" })
 	case "heartbeat":
 		tc.step(s.node(args, 0), (*core).heartbeat)
 	case "propose":
@@ -141,13 +147,13 @@ func (s *script) command(verb string, args []string) (err error) {
 	case "heal":
 		tc.cuts = nil
 	case "settle":
-		s.quietly(func() string { return fmt.Sprintf("(%d messages)", tc.settle()) })
+		s.quietly("", func() string { return fmt.Sprintf("(messages: %d)", tc.settle()) })
 	case "run":
 		d, err := time.ParseDuration(s.arg(args, 0))
 		if err != nil {
 			return err
 		}
-		s.quietly(func() string { tc.run(d); return "" })
+		s.quietly("", func() string { tc.run(d); return "" })
 	default:
 		return s.serverCommand(verb, s.node(args, 0))
 	}
@@ -334,13 +340,14 @@ func (s *script) cut(args []string) {
 	}
 }
 
-// quietly leaves the messages out of what is written down.
-func (s *script) quietly(f func() string) {
+// quietly leaves the messages out of what is written down, but for those of a kind.
+func (s *script) quietly(but string, f func() string) {
 	said := f()
 	all := s.tc.trace.String()
 	s.tc.trace.Reset()
 	for line := range strings.Lines(all) {
-		if !strings.Contains(line, " -> ") {
+		message := strings.Contains(line, " -> ") || strings.HasSuffix(line, downSuffix+"\n")
+		if !message || but != "" && strings.Contains(line, but) {
 			s.tc.trace.WriteString(line)
 		}
 	}
