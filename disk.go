@@ -178,7 +178,7 @@ func (d *diskStorage) replayStart(l *raftLog, start EntryID, conf configAt) {
 	case start.Index < l.start.Index || start.Index == l.start.Index && !d.gap:
 		return
 	case start.Index == l.start.Index:
-		l.start = start
+		l.beginAfter(start) // the guess was right; now its term is known
 	case start.Index <= l.last:
 		l.compact(start.Index)
 	default:

@@ -36,7 +36,7 @@ type outgoing struct {
 
 const (
 	linkWindow      = 64 // calls unanswered on a control link; append windows are the core's
-	forwardsAtOnce  = 4
+	forwardsAtOnce  = 1  // a batch that comes back refused keeps its place before later ones
 	linkIdleTimeout = 10 * time.Second
 )
 

@@ -147,6 +147,9 @@ func (l *raftLog) compact(i Index) {
 	l.dropTail(i)
 }
 
+// beginAfter makes the log, which begins after an entry of this index, know its term.
+func (l *raftLog) beginAfter(id EntryID) { l.start = id }
+
 // evict drops the oldest runs from memory while more than limit bytes are held,
 // but not the newest run, which tells the time of the last entry, and no entry
 // above durable: that one can't be read from disk yet.

@@ -434,7 +434,7 @@ func TestOneHeartbeatLoop(t *testing.T) {
 }
 
 // Events come recent ones first and then live; a slow reader learns how many it
-// missed; the sequence ends with the node.
+// missed; the sequence ends with the node. More than 70 lines: it is one story.
 func TestEvents(t *testing.T) {
 	virtual(t, 3, func(t *testing.T, h *Harness) {
 		leader, term := h.CheckSingleLeader()
