@@ -1,0 +1,470 @@
+package raft
+
+import (
+	"bytes"
+	"context"
+	"encoding/binary"
+	"errors"
+	"io/fs"
+	"maps"
+	"math/rand/v2"
+	"net"
+	"net/rpc"
+	"os"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/fortytw2/leaktest"
+)
+
+// What others may do to a node: give it a directory that is not its own or is
+// damaged, and send it anything at all.
+
+// usedDirectory returns the directory of a one-node cluster that has stored
+// commands and was closed, and the configuration that opens it.
+func usedDirectory(t *testing.T) Config {
+	t.Helper()
+	c := Config{StateMachine: echo{}, Dir: filepath.Join(t.TempDir(), "data")}
+	s := startOne(t, c)
+	for i := range 20 {
+		if _, err := s.Propose(t.Context(), cmd(i)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	c.ID, c.ClusterID, c.Logger = "a", "one", newHarnessLog(t).logger("a")
+	return c
+}
+
+// contents returns every file below dir.
+func contents(t *testing.T, dir string) map[string]string {
+	t.Helper()
+	files := map[string]string{}
+	err := filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
+		if err != nil || d.IsDir() {
+			return err
+		}
+		b, err := os.ReadFile(path)
+		files[path] = string(b)
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return files
+}
+
+func edit(t *testing.T, file string, f func(b []byte) []byte) {
+	t.Helper()
+	b, err := os.ReadFile(file)
+	if err == nil {
+		b = f(b)
+		err = os.WriteFile(file, b, 0o600) // keeps the inode
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+func flip(at int) func([]byte) []byte {
+	return func(b []byte) []byte {
+		b[at] ^= 0x10
+		return b
+	}
+}
+
+// A directory that is not this node's, or is damaged, is refused with the file,
+// what was found and what to do; nothing in it changes.
+func TestDirectoryRefused(t *testing.T) {
+	segment := func(dir string) string {
+		names, err := filepath.Glob(filepath.Join(dir, "wal", "*"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, name := range names { // the one with batches in it
+			if b, _ := os.ReadFile(name); len(b) > 8192 && binary.LittleEndian.Uint64(b[4096:]) != 0 {
+				return name
+			}
+		}
+		t.Fatal("no segment")
+		return ""
+	}
+	corrupt := func(err error) bool { var e *CorruptError; return errors.As(err, &e) && e.Do != "" }
+	foreign := func(err error) bool { var e *IdentityError; return errors.As(err, &e) && e.Do != "" }
+	for _, test := range []struct {
+		name    string
+		prepare func(t *testing.T, c *Config)
+		is      func(error) bool
+		text    string
+	}{
+		{"another node's", func(t *testing.T, c *Config) { c.ID = "b" }, foreign, "Config.Dir"},
+		{"another cluster's", func(t *testing.T, c *Config) { c.ClusterID = "two" }, foreign, `cluster "one"`},
+		{"newer identity", func(t *testing.T, c *Config) {
+			edit(t, filepath.Join(c.Dir, "identity"), func(b []byte) []byte { b[4] = 9; return b })
+		}, foreign, "format version 9"},
+		{"damaged identity", func(t *testing.T, c *Config) {
+			edit(t, filepath.Join(c.Dir, "identity"), flip(20))
+		}, corrupt, "identity"},
+		{"not an identity", func(t *testing.T, c *Config) {
+			edit(t, filepath.Join(c.Dir, "identity"), func([]byte) []byte { return []byte("hello") })
+		}, corrupt, "identity"},
+		{"empty identity", func(t *testing.T, c *Config) {
+			edit(t, filepath.Join(c.Dir, "identity"), func([]byte) []byte { return nil })
+		}, corrupt, "identity"},
+		{"a log without identity", func(t *testing.T, c *Config) {
+			if err := os.Remove(filepath.Join(c.Dir, "identity")); err != nil {
+				t.Fatal(err)
+			}
+		}, corrupt, "no identity file"},
+		{"a copy", func(t *testing.T, c *Config) {
+			copied := c.Dir + "2"
+			if err := os.CopyFS(copied, os.DirFS(c.Dir)); err != nil {
+				t.Fatal(err)
+			}
+			c.Dir = copied
+		}, foreign, "copy"},
+		{"a log of another directory", func(t *testing.T, c *Config) {
+			other := usedDirectory(t)
+			if err := errors.Join(os.RemoveAll(filepath.Join(c.Dir, "wal")),
+				os.Rename(filepath.Join(other.Dir, "wal"), filepath.Join(c.Dir, "wal"))); err != nil {
+				t.Fatal(err)
+			}
+		}, foreign, "directory"},
+		{"damaged segment header", func(t *testing.T, c *Config) { edit(t, segment(c.Dir), flip(30)) }, corrupt, ""},
+		{"damaged first batch", func(t *testing.T, c *Config) { edit(t, segment(c.Dir), flip(4096+70)) }, corrupt, ""},
+		{"truncated log", func(t *testing.T, c *Config) {
+			edit(t, segment(c.Dir), func(b []byte) []byte { return b[:5000] })
+		}, corrupt, ""},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			defer leaktest.CheckTimeout(t, 100*time.Millisecond)()
+			c := usedDirectory(t)
+			test.prepare(t, &c)
+			before := contents(t, c.Dir)
+			s, err := Start(t.Context(), c)
+			if err == nil {
+				s.Close()
+				t.Fatal("Start accepted it")
+			}
+			if !test.is(err) || !strings.Contains(err.Error(), test.text) || !strings.Contains(err.Error(), c.Dir) {
+				t.Errorf("Start: %T %v", err, err)
+			}
+			t.Log(err)
+			if after := contents(t, c.Dir); !maps.Equal(before, after) {
+				t.Errorf("files changed: %v before, %v after", slices.Sorted(maps.Keys(before)), slices.Sorted(maps.Keys(after)))
+			}
+		})
+	}
+}
+
+func TestDirectoryInUse(t *testing.T) {
+	defer leaktest.CheckTimeout(t, 100*time.Millisecond)()
+	c := Config{StateMachine: echo{}, Dir: t.TempDir()}
+	s := startOne(t, c)
+	defer s.Close()
+	c.ID, c.ClusterID = "a", "one"
+	if second, err := Start(t.Context(), c); err == nil {
+		second.Close()
+		t.Error("two nodes share a directory")
+	} else if !strings.Contains(err.Error(), "in use") || !strings.Contains(err.Error(), c.Dir) {
+		t.Errorf("Start: %v", err)
+	}
+	if _, err := s.Propose(t.Context(), cmd(1)); err != nil {
+		t.Errorf("the first node: %v", err)
+	}
+}
+
+func TestDirectoryIsAFile(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "file")
+	edit := os.WriteFile(file, []byte("mine"), 0o600)
+	s, err := Start(t.Context(), Config{ID: "a", ClusterID: "one", StateMachine: echo{}, Dir: file})
+	if err == nil {
+		s.Close()
+		t.Error("Start accepted a file as its directory")
+	} else if !strings.Contains(err.Error(), file) || edit != nil {
+		t.Errorf("Start: %v, %v", err, edit)
+	}
+	if b, _ := os.ReadFile(file); string(b) != "mine" {
+		t.Errorf("the file has %q", b)
+	}
+}
+
+// complaints counts a node's reports of one peer.
+func complaints(s *Server, peer NodeID) (n int) {
+	ctx, cancel := context.WithCancel(context.Background())
+	cancel()
+	for e := range s.Events(ctx) {
+		if e.Kind == EventConnection && e.Peer == peer {
+			n++
+		}
+	}
+	return n
+}
+
+// Anything may arrive on the port. It is hung up on within the handshake's
+// time, reported once, costs little, and disturbs nobody.
+func TestHostilePort(t *testing.T) {
+	dice := rand.New(rand.NewPCG(1, 2))
+	random := func(n int) []byte {
+		b := make([]byte, n)
+		for i := range b {
+			b[i] = byte(dice.Uint32())
+		}
+		return b
+	}
+	for _, attack := range []struct {
+		name  string
+		send  func(conn net.Conn) // what a stranger does
+		times int
+	}{
+		{"random bytes", func(conn net.Conn) { conn.Write(random(1 + dice.IntN(5000))) }, 50},
+		{"one megabyte", func(conn net.Conn) { conn.Write(random(1 << 20)) }, 3},
+		{"http", func(conn net.Conn) { conn.Write([]byte("GET /metrics HTTP/1.1\r\nHost: node\r\n\r\n")) }, 50},
+		{"tls", func(conn net.Conn) {
+			conn.Write(append([]byte{0x16, 0x03, 0x01, 0x02, 0x00, 0x01, 0x00, 0x01, 0xfc, 0x03, 0x03}, random(500)...))
+		}, 50},
+		{"a giant length", func(conn net.Conn) { conn.Write(bytes.Repeat([]byte{0xff}, 64)) }, 50},
+		{"silence", func(net.Conn) {}, 50},
+		{"gone at once", func(conn net.Conn) { conn.Close() }, 50},
+	} {
+		t.Run(attack.name, func(t *testing.T) {
+			virtual(t, 3, func(t *testing.T, h *Harness) {
+				leader, term := h.CheckSingleLeader()
+				victim := h.Server(leader)
+				open := memNetwork(h).Open()
+				var before, after runtime.MemStats
+				runtime.ReadMemStats(&before)
+				for range attack.times {
+					conn, err := memNetwork(h).Dialer("stranger")(t.Context(), "tcp", harnessAddr(leader))
+					if err != nil {
+						t.Fatal(err)
+					}
+					attack.send(conn)
+					hungUp(t, conn, handshakeTimeout+time.Second)
+				}
+				runtime.ReadMemStats(&after)
+				// A quarter of it is this test's own and the network's.
+				if cost := (after.TotalAlloc - before.TotalAlloc) / uint64(attack.times); cost > 4<<20 {
+					t.Errorf("%d bytes were allocated per connection", cost)
+				}
+				if n := complaints(victim, "stranger"); n == 0 && attack.name != "gone at once" || n > 4 {
+					t.Errorf("%d reports of %d connections, want one per reason", n, attack.times)
+				}
+				must(t, h, "all is closed", func() bool { return memNetwork(h).Open() <= open })
+				if l, again := h.CheckSingleLeader(); l != leader || again != term {
+					t.Errorf("leader %d of term %d, before %d of %d", l, again, leader, term)
+				}
+				submit(t, h, leader, 1)
+				committedOn(h, 3, 1)
+			})
+		})
+	}
+}
+
+// hungUp waits until the other end has closed conn.
+func hungUp(t *testing.T, conn net.Conn, d time.Duration) {
+	t.Helper()
+	defer conn.Close()
+	conn.SetReadDeadline(time.Now().Add(d))
+	for b := make([]byte, 4096); ; {
+		if _, err := conn.Read(b); err != nil {
+			if errors.Is(err, os.ErrDeadlineExceeded) {
+				t.Errorf("still connected after %v", d)
+			}
+			return
+		}
+	}
+}
+
+// Strangers by the thousand that send a byte now and then: only so many are
+// let in, and each for so long.
+func TestHostileCrowd(t *testing.T) {
+	virtual(t, 3, func(t *testing.T, h *Harness) {
+		leader, term := h.CheckSingleLeader()
+		submit(t, h, leader, 0)
+		committedOn(h, 3, 0)
+		goroutines := len(ownGoroutines())
+		var crowd []net.Conn
+		for range 2000 {
+			conn, err := memNetwork(h).Dialer("stranger")(within(t, time.Second), "tcp", harnessAddr(leader))
+			if err != nil {
+				t.Fatal(err)
+			}
+			crowd = append(crowd, conn)
+		}
+		time.Sleep(time.Millisecond)
+		if n := len(ownGoroutines()) - goroutines; n > maxConnections {
+			t.Errorf("%d more goroutines for 2000 connections", n)
+		}
+		for i := range 12 {
+			for _, conn := range crowd {
+				conn.Write([]byte{'r'})
+			}
+			submit(t, h, leader, i+1)
+			committedOn(h, 3, i+1)
+			time.Sleep(500 * time.Millisecond)
+		}
+		for _, conn := range crowd {
+			hungUp(t, conn, time.Millisecond)
+		}
+		if l, again := h.CheckSingleLeader(); l != leader || again != term {
+			t.Errorf("leader %d of term %d, before %d of %d", l, again, leader, term)
+		}
+		if n := len(ownGoroutines()); n > goroutines {
+			t.Errorf("%d goroutines, %d before", n, goroutines)
+		}
+	})
+}
+
+// impostor opens a connection to node `to` that has passed the handshake as
+// node `as`.
+func impostor(t *testing.T, h *Harness, as, to int, ch channel) net.Conn {
+	t.Helper()
+	s := h.Server(as)
+	s.cm.mu.Lock()
+	me := s.me()
+	s.cm.unlock()
+	conn, err := memNetwork(h).Dialer("impostor")(t.Context(), "tcp", harnessAddr(to))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := dialHandshake(conn, me.hello(h.Server(to).conf.ID, ch), time.Second); err != nil {
+		t.Fatal(err)
+	}
+	return conn
+}
+
+// Bad frames after a good handshake: the connection ends, no memory is taken
+// for what is only announced, and the real peer comes through again.
+func TestHostileFrames(t *testing.T) {
+	frame := func(method methodID, length uint32, body []byte) []byte {
+		b := append([]byte(frameMagic), maxWireVersion, byte(frameRequest), byte(method), 0, 0, 0)
+		b = binary.LittleEndian.AppendUint32(b, length)
+		b = append(b, make([]byte, 4)...)
+		b = binary.LittleEndian.AppendUint64(b, 1)
+		b = append(b, 1, 2, 3, 4) // not the checksum
+		return append(b, body...)
+	}
+	for _, test := range []struct {
+		name string
+		ch   channel
+		b    []byte
+	}{
+		{"4 GiB announced", channelAppend, frame(methodAppendEntries, 1<<32-1, nil)},
+		{"4 GiB of proposals announced", channelControl, frame(methodForward, 1<<32-1, nil)},
+		{"a wrong checksum", channelControl, frame(methodRequestVote, voteArgsBytes, make([]byte, voteArgsBytes))},
+		{"an unknown method", channelControl, frame(77, 0, nil)},
+		{"text", channelControl, []byte(strings.Repeat("hello ", 100))},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			virtual(t, 3, func(t *testing.T, h *Harness) {
+				leader, term := h.CheckSingleLeader()
+				submit(t, h, leader, 1)
+				committedOn(h, 3, 1)
+				victim := other(h, leader, 1)
+				var before, after runtime.MemStats
+				runtime.ReadMemStats(&before)
+				for range 5 {
+					conn := impostor(t, h, leader, victim, test.ch)
+					conn.Write(test.b)
+					hungUp(t, conn, time.Second)
+				}
+				runtime.ReadMemStats(&after)
+				if cost := after.TotalAlloc - before.TotalAlloc; cost > 20<<20 {
+					t.Errorf("%d bytes were allocated", cost)
+				}
+				if n := complaints(h.Server(victim), h.Server(leader).conf.ID); n == 0 || n > 3 {
+					t.Errorf("%d reports, want one per reason", n)
+				}
+				submit(t, h, leader, 2)
+				committedOn(h, 3, 2)
+				if l, again := h.CheckSingleLeader(); l != leader || again != term {
+					t.Errorf("leader %d of term %d, before %d of %d", l, again, leader, term)
+				}
+			})
+		})
+	}
+}
+
+// A member may not speak for another one.
+func TestHostileSender(t *testing.T) {
+	virtual(t, 3, func(t *testing.T, h *Harness) {
+		leader, term := h.CheckSingleLeader()
+		victim, third := other(h, leader, 1), other(h, leader, 2)
+		conn := impostor(t, h, third, victim, channelControl)
+		client := newRPCClient(newClientCodec(conn, maxWireVersion, h.Server(third).codecLimits(channelControl)))
+		defer client.Close()
+		done := make(chan *rpc.Call, 1)
+		client.Go(methodRequestVote, &call[voteArgs]{V: voteArgs{Term: term + 10, Candidate: h.Server(leader).selfID(), Last: EntryID{100, term + 9}}}, &call[voteReply]{}, done)
+		client.Flush()
+		if c := <-done; c.Error == nil {
+			t.Error("a request in another member's name was answered")
+		}
+		if st := h.Server(victim).Status(); st.Term != term {
+			t.Errorf("term %d, before %d", st.Term, term)
+		}
+	})
+}
+
+// A peer that hangs for a long time costs a bounded number of connections and
+// goroutines, is redialled, and catches up when it is back.
+func TestHungPeer(t *testing.T) {
+	virtual(t, 3, func(t *testing.T, h *Harness) {
+		leader, term := h.CheckSingleLeader()
+		hung := other(h, leader, 1)
+		submit(t, h, leader, 0)
+		committedOn(h, 3, 0)
+		h.Pause(hung)
+		time.Sleep(10 * time.Second) // dials and handshakes that are given up have reached their number
+		var ends, goroutines [2]int
+		i := 0
+		for window := range 2 {
+			for range 300 {
+				i++
+				submit(t, h, leader, i)
+				time.Sleep(50 * time.Millisecond)
+				ends[window] = max(ends[window], memNetwork(h).Open())
+				goroutines[window] = max(goroutines[window], len(ownGoroutines()))
+			}
+		}
+		if ends[1] > ends[0]+5 || ends[0] > 100 || goroutines[1] > goroutines[0]+5 {
+			t.Errorf("at most %d and then %d ends of connections, %d and then %d goroutines", ends[0], ends[1], goroutines[0], goroutines[1])
+		}
+		committedOn(h, 2, 600)
+		h.Resume(hung)
+		committedOn(h, 3, 600)
+		if l, again := h.CheckSingleLeader(); l != leader || again != term {
+			t.Errorf("leader %d of term %d, before %d of %d", l, again, leader, term)
+		}
+		h.CheckLogsMatch()
+	})
+}
+
+// Peers that are not there are dialled again and again, and nothing grows.
+func TestDeadPeers(t *testing.T) {
+	virtual(t, 3, func(t *testing.T, h *Harness) {
+		leader, _ := h.CheckSingleLeader()
+		h.CrashPeer(other(h, leader, 1))
+		h.CrashPeer(other(h, leader, 2))
+		time.Sleep(2 * time.Second)
+		open, goroutines := memNetwork(h).Open(), len(ownGoroutines())
+		time.Sleep(time.Hour)
+		if n := memNetwork(h).Open(); n > open {
+			t.Errorf("ends of connections grew from %d to %d", open, n)
+		}
+		if n := len(ownGoroutines()); n > goroutines {
+			t.Errorf("goroutines grew from %d to %d", goroutines, n)
+		}
+		if n := complaints(h.Server(leader), h.Server(other(h, leader, 1)).conf.ID); n > 5 {
+			t.Errorf("%d reports of one dead peer", n)
+		}
+		h.RestartPeer(other(h, leader, 1))
+		h.CheckSingleLeader()
+	})
+}
