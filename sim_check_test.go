@@ -403,5 +403,5 @@ func (m *simMachine) apply(e Entries, i int) []byte {
 
 // finalChecks runs at the end of a seed.
 func (s *sim) finalChecks() {
-	s.load.check(s)
+	s.load.judge(s)
 }

@@ -237,13 +237,3 @@ func (l *simClients) committed(s *sim, i Index, data []byte) {
 	}
 	op.committed = i
 }
-
-// check runs at the end of a seed: nobody waits for ever.
-func (l *simClients) check(s *sim) {
-	for _, op := range l.ops {
-		if op.state == opWaiting && op.committed != 0 {
-			// Its node must be behind, or be waiting for the leader's answer.
-			continue
-		}
-	}
-}

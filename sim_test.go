@@ -113,6 +113,7 @@ type sim struct {
 	book             ledger
 	load             simClients
 	steps            int
+	judged           int // histories that porcupine saw
 	refused, hangups int // appends refused by followers of the same term, connections given up
 	hash             uint64
 	ring             []simRecord
@@ -140,6 +141,7 @@ type simResult struct {
 	committed Index
 	elections int
 	ok, lost  int // client operations answered, and those without an answer
+	judged    int // histories that porcupine judged
 	tail      string
 }
 
@@ -149,6 +151,7 @@ func runSim(seed uint64) (res simResult) {
 	defer func() {
 		res.hash, res.steps, res.simulated, res.healTimes = s.hash, s.steps, s.now, s.healTimes
 		res.committed, res.elections = Index(len(s.book.committed)), s.book.elections
+		res.judged = s.judged
 		res.ok, res.lost = s.load.answered, s.load.unknown
 		if r := recover(); r != nil {
 			var f simFailure
@@ -483,6 +486,7 @@ func (s *sim) resume(n *simNode) {
 // simSummary adds up many runs.
 type simSummary struct {
 	seeds, steps, elections int
+	judged                  int
 	answered, unknown       int
 	committed               Index
 	simulated, wall         time.Duration
@@ -491,6 +495,7 @@ type simSummary struct {
 
 func (t *simSummary) add(r simResult) {
 	t.seeds++
+	t.judged += r.judged
 	t.steps += r.steps
 	t.elections += r.elections
 	t.answered += r.ok
@@ -508,9 +513,9 @@ func (t *simSummary) String() string {
 		}
 		return t.heals[int(p*float64(len(t.heals)-1))]
 	}
-	return fmt.Sprintf("%d seeds, %d steps in %v (%.0f/s), %v simulated (%.0f times real time), %d committed, %d elections, %d answered, %d unknown; %d times healed: p50 %.2f p99 %.2f max %.2f election timeouts",
+	return fmt.Sprintf("%d seeds, %d steps in %v (%.0f/s), %v simulated (%.0f times real time), %d committed, %d elections, %d answered, %d unknown, %d histories judged by porcupine; %d times healed: p50 %.2f p99 %.2f max %.2f election timeouts",
 		t.seeds, t.steps, t.wall.Round(time.Millisecond), float64(t.steps)/t.wall.Seconds(), t.simulated.Round(time.Second), t.simulated.Seconds()/t.wall.Seconds(),
-		t.committed, t.elections, t.answered, t.unknown, len(t.heals), at(0.5), at(0.99), at(1))
+		t.committed, t.elections, t.answered, t.unknown, t.judged, len(t.heals), at(0.5), at(0.99), at(1))
 }
 
 // TestSim runs fresh seeds, or the one of -sim.seed.
