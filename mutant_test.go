@@ -6,6 +6,7 @@ import (
 	flags "flag"
 	"fmt"
 	"go/ast"
+	"go/build"
 	"go/importer"
 	"go/parser"
 	"go/token"
@@ -13,6 +14,7 @@ import (
 	"io"
 	"os"
 	"os/exec"
+	"path"
 	"path/filepath"
 	"regexp"
 	"strings"
@@ -87,43 +89,41 @@ func (m *mutant) apply(t *testing.T) string {
 // only be caught by a test.
 func TestMutantsApply(t *testing.T) {
 	fset := token.NewFileSet()
-	files := map[string]*ast.File{}
-	var names []string
-	paths, _ := filepath.Glob("*.go")
-	for _, p := range paths {
-		if strings.HasSuffix(p, "_test.go") || p == "race_on.go" {
-			continue
-		}
-		f, err := parser.ParseFile(fset, p, nil, parser.SkipObjectResolution)
-		if err != nil {
-			t.Fatal(err)
-		}
-		files[p], names = f, append(names, p)
-	}
-	imports := importer.ForCompiler(fset, "gc", exportData(t))
-	check := func(replaced string, by *ast.File) error {
+	conf := types.Config{Importer: importer.ForCompiler(fset, "gc", exportData(t))}
+	parsed := map[string]*ast.File{}
+	check := func(file, replacement string) error {
+		dir := filepath.Dir(file)
+		paths, _ := filepath.Glob(filepath.Join(dir, "*.go"))
 		var list []*ast.File
-		for _, p := range names {
-			if p == replaced {
-				list = append(list, by)
-			} else {
-				list = append(list, files[p])
+		for _, p := range paths {
+			if match, err := build.Default.MatchFile(dir, filepath.Base(p)); err != nil || !match || strings.HasSuffix(p, "_test.go") {
+				continue
 			}
+			if parsed[p] == nil || p == file && replacement != "" {
+				var src any
+				if p == file && replacement != "" {
+					src = replacement
+				}
+				f, err := parser.ParseFile(fset, p, src, parser.SkipObjectResolution)
+				if err != nil {
+					return err
+				}
+				if src != nil {
+					list = append(list, f)
+					continue
+				}
+				parsed[p] = f
+			}
+			list = append(list, parsed[p])
 		}
-		conf := types.Config{Importer: imports}
-		_, err := conf.Check("example.com/raft", fset, list, nil)
+		_, err := conf.Check(path.Join("example.com/raft", dir), fset, list, nil)
 		return err
 	}
-	if err := check("", nil); err != nil {
-		t.Fatalf("the package itself: %v", err)
-	}
 	for _, m := range readMutants(t) {
-		src := m.apply(t)
-		f, err := parser.ParseFile(fset, m.file, src, parser.SkipObjectResolution)
-		if err == nil {
-			err = check(m.file, f)
+		if err := check(m.file, ""); err != nil {
+			t.Fatalf("%s itself does not compile: %v", filepath.Dir(m.file), err)
 		}
-		if err != nil {
+		if err := check(m.file, m.apply(t)); err != nil {
 			t.Errorf("mutant %s does not compile: %v", m.path, err)
 		}
 	}
@@ -144,7 +144,7 @@ func exportData(t *testing.T) importer.Lookup {
 	return func(path string) (io.ReadCloser, error) { return os.Open(where[path]) }
 }
 
-var failingSeed = regexp.MustCompile(`(?m)(seed \d+|--- FAIL: \w+)[^\n]*`)
+var failingSeed = regexp.MustCompile(`(seed \d+|\w+_test.go:\d+): [^\n]*`)
 
 // TestMutants builds each mutant and runs the test that must catch it.
 func TestMutants(t *testing.T) {
@@ -161,7 +161,7 @@ func TestMutants(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			mutated := filepath.Join(dir, m.number+"_"+m.file)
+			mutated := filepath.Join(dir, m.number+"_"+filepath.Base(m.file))
 			overlay := filepath.Join(dir, m.number+".json")
 			binary := filepath.Join(dir, m.number+".test")
 			j, _ := json.Marshal(map[string]any{"Replace": map[string]string{filepath.Join(wd, m.file): mutated}})
@@ -186,7 +186,7 @@ func TestMutants(t *testing.T) {
 			if why == nil {
 				t.Fatalf("mutant %s: no test failed: %v\n%s", m.number, err, out)
 			}
-			t.Logf("%s: caught in %v by %s: %s", m.name, took, m.test, why[len(why)-1])
+			t.Logf("%s: caught in %v by %s: %s", m.name, took, m.test, why[0])
 		})
 	}
 }

@@ -1,6 +1,7 @@
 package raft
 
 import (
+	"cmp"
 	"fmt"
 	"slices"
 	"time"
@@ -318,6 +319,13 @@ func (s *sim) heal() {
 	for i := range s.links {
 		s.links[i].cut, s.links[i].clogged, s.links[i].lastArrival = false, 0, 0
 	}
+	// Disks are quick again, also with what they were asked for before.
+	for i := range s.heap {
+		if e := &s.heap[i]; e.kind == evFlushed || e.kind == evRead {
+			e.at = min(e.at, s.now+s.swarm.timeout/100)
+		}
+	}
+	slices.SortFunc(s.heap, func(a, b simEvent) int { return cmp.Or(cmp.Compare(a.at, b.at), cmp.Compare(a.seq, b.seq)) })
 	alive := s.between(s.swarm.voters/2+1, s.swarm.voters)
 	order := s.rng.Perm(s.swarm.voters)
 	for i := range s.core {
