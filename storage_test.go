@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
@@ -218,149 +217,39 @@ func TestStorageRecyclesSegments(t *testing.T) {
 	}
 }
 
-// treeOf returns every file below dir with its content.
-func treeOf(t *testing.T, dir string) map[string]string {
-	t.Helper()
-	tree := map[string]string{}
-	err := filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
-		if err != nil || d.IsDir() {
-			return err
-		}
-		b, err := os.ReadFile(path)
-		tree[path] = string(b)
-		return err
-	})
-	if err != nil {
+// A copied directory is refused, because two nodes with one identity would
+// vote twice, until its operator says that the original is gone.
+func TestCopiedDirectoryIsRefused(t *testing.T) {
+	original := usedDirectory(t)
+	copied := original
+	copied.Dir = filepath.Join(t.TempDir(), "copy")
+	if err := os.CopyFS(copied.Dir, os.DirFS(original.Dir)); err != nil {
 		t.Fatal(err)
 	}
-	return tree
-}
-
-// A directory that is not this node's, or is damaged, is refused with an error
-// that names the file, what was found and what to do. Not a byte changes.
-// More than 70 lines: a table of cases, and the set-up they share.
-func TestForeignDirectoriesAreRefused(t *testing.T) {
-	start := func(dir string, edit func(*Config)) error {
-		c := Config{ID: "a", ClusterID: "c", StateMachine: applyFunc(func(Entry) []byte { return nil }), Dir: dir,
-			Bootstrap: []Member{{ID: "a", Addr: "127.0.0.1:0"}}, Logger: discardLogger()}
-		if edit != nil {
-			edit(&c)
-		}
-		s, err := Start(context.Background(), c)
+	start := func(c Config) error {
+		s, err := Start(t.Context(), c)
 		if err != nil {
 			return err
 		}
-		ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
-		defer cancel()
-		if _, err := s.Propose(ctx, []byte("x")); err != nil {
-			t.Error(err)
-		}
 		return s.Close()
 	}
-	dir := filepath.Join(t.TempDir(), "a")
-	if err := start(dir, nil); err != nil {
-		t.Fatal(err)
+	before := contents(t, copied.Dir)
+	var refused *IdentityError
+	if err := start(copied); !errors.As(err, &refused) || !strings.Contains(err.Error(), "AdoptDir") {
+		t.Fatalf("got %v", err)
 	}
-	segment := ""
-	for name := range treeOf(t, filepath.Join(dir, "wal")) {
-		if strings.HasSuffix(name, ".wal") {
-			segment = name
-		}
+	if fmt.Sprint(contents(t, copied.Dir)) != fmt.Sprint(before) {
+		t.Error("the refused copy was changed")
 	}
-	overwrite := func(name string, off int64, b ...byte) func(t *testing.T) {
-		return func(t *testing.T) {
-			f, err := os.OpenFile(name, os.O_RDWR, 0)
-			if err != nil {
-				t.Fatal(err)
-			}
-			defer f.Close()
-			old := make([]byte, len(b))
-			if _, err := f.ReadAt(old, off); err != nil {
-				t.Fatal(err)
-			}
-			if _, err := f.WriteAt(b, off); err != nil {
-				t.Fatal(err)
-			}
-			t.Cleanup(func() { os.WriteFile(name, []byte(restored(t, name, off, old)), 0o644) })
-		}
+	adopted := copied
+	adopted.AdoptDir = true
+	if err := start(adopted); err != nil {
+		t.Fatalf("adopting: %v", err)
 	}
-	identity := filepath.Join(dir, "identity")
-	var corrupt *CorruptError
-	var other *IdentityError
-	cases := []struct {
-		name   string
-		damage func(t *testing.T)
-		edit   func(*Config)
-		as     any
-		says   []string
-	}{
-		{"another node", nil, func(c *Config) { c.ID = "b"; c.Bootstrap[0].ID = "b" }, &other, []string{identity, `"a"`, `"b"`, "Config.Dir"}},
-		{"another cluster", nil, func(c *Config) { c.ClusterID = "d" }, &other, []string{identity, `"c"`, `"d"`}},
-		{"newer identity", overwrite(identity, 4, 9), nil, &other, []string{identity, "version 9", "run the release"}},
-		{"damaged identity", overwrite(identity, 20, 0xff, 0xee), nil, &corrupt, []string{identity, "checksum"}},
-		{"no identity at all", overwrite(identity, 0, 'X'), nil, &corrupt, []string{identity, "RAFI"}},
-		{"damaged segment header", overwrite(segment, 20, 0xff), nil, &corrupt, []string{segment}},
+	if err := start(copied); err != nil {
+		t.Errorf("after adopting: %v", err)
 	}
-	for _, c := range cases {
-		t.Run(c.name, func(t *testing.T) {
-			if c.damage != nil {
-				c.damage(t)
-			}
-			before := treeOf(t, dir)
-			err := start(dir, c.edit)
-			if !errors.As(err, c.as) {
-				t.Fatalf("got %v (%T)", err, err)
-			}
-			for _, s := range c.says {
-				if !strings.Contains(err.Error(), s) {
-					t.Errorf("the error does not say %q: %v", s, err)
-				}
-			}
-			if after := treeOf(t, dir); fmt.Sprint(after) != fmt.Sprint(before) {
-				t.Error("the refused directory was changed")
-			}
-		})
-	}
-	t.Run("in use", func(t *testing.T) {
-		d := newDiskStorage(&Config{Dir: dir})
-		if _, err := d.Open(context.Background(), Identity{"c", "a"}); err != nil {
-			t.Fatal(err)
-		}
-		defer d.Close()
-		if err := start(dir, nil); !errors.Is(err, vfs.ErrLocked) || !strings.Contains(err.Error(), dir) {
-			t.Errorf("got %v", err)
-		}
-	})
-	t.Run("copied", func(t *testing.T) {
-		copied := filepath.Join(t.TempDir(), "copy")
-		if err := os.CopyFS(copied, os.DirFS(dir)); err != nil {
-			t.Fatal(err)
-		}
-		before := treeOf(t, copied)
-		if err := start(copied, nil); !errors.As(err, &other) || !strings.Contains(err.Error(), "AdoptDir") {
-			t.Fatalf("got %v", err)
-		}
-		if fmt.Sprint(treeOf(t, copied)) != fmt.Sprint(before) {
-			t.Error("the refused copy was changed")
-		}
-		if err := start(copied, func(c *Config) { c.AdoptDir = true }); err != nil {
-			t.Fatalf("adopting: %v", err)
-		}
-		if err := start(copied, nil); err != nil {
-			t.Errorf("after adopting: %v", err)
-		}
-	})
-	if err := start(dir, nil); err != nil {
+	if err := start(original); err != nil {
 		t.Errorf("the original, after all: %v", err)
 	}
-}
-
-// restored returns the content of a file with old back at off.
-func restored(t *testing.T, name string, off int64, old []byte) []byte {
-	b, err := os.ReadFile(name)
-	if err != nil {
-		t.Fatal(err)
-	}
-	copy(b[off:], old)
-	return b
 }
