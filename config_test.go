@@ -67,3 +67,48 @@ func TestConfigRefusesUnstableTiming(t *testing.T) {
 		t.Errorf("three heartbeats in an election timeout are enough: %v", err)
 	}
 }
+
+// Each bad field is refused by its name.
+func TestConfigBadFields(t *testing.T) {
+	long := NodeID(strings.Repeat("x", 256))
+	for _, test := range []struct {
+		field string
+		spoil func(c *Config)
+	}{
+		{"ID", func(c *Config) { c.ID = "" }},
+		{"ID", func(c *Config) { c.ID = long }},
+		{"ClusterID", func(c *Config) { c.ClusterID = "" }},
+		{"ClusterID", func(c *Config) { c.ClusterID = string(long) }},
+		{"StateMachine", func(c *Config) { c.StateMachine = nil }},
+		{"Dir and Storage", func(c *Config) { c.Storage = nil }},
+		{"Dir and Storage", func(c *Config) { c.Dir = "d" }},
+		{"Listen and Listener", func(c *Config) { c.Listen, c.Listener = "h:1", &net.TCPListener{} }},
+		{"Bootstrap", func(c *Config) { c.Bootstrap = []Member{{ID: "b", Addr: "h:1"}} }},
+		{"Bootstrap[1].ID", func(c *Config) { c.Bootstrap = []Member{{ID: "a", Addr: "h:1"}, {ID: "a", Addr: "h:2"}} }},
+		{"Bootstrap[1].ID", func(c *Config) { c.Bootstrap = []Member{{ID: "a", Addr: "h:1"}, {Addr: "h:2"}} }},
+		{"Bootstrap[1].Addr", func(c *Config) { c.Bootstrap = []Member{{ID: "a", Addr: "h:1"}, {ID: "b", Addr: "h:1"}} }},
+		{"Bootstrap[0].Addr", func(c *Config) { c.Bootstrap = []Member{{ID: "a", Addr: "nowhere"}} }},
+		{"Bootstrap[0].Learner", func(c *Config) { c.Bootstrap = []Member{{ID: "a", Addr: "h:1", Learner: true}} }},
+		{"HeartbeatInterval", func(c *Config) { c.HeartbeatInterval = -1 }},
+		{"ElectionTimeout", func(c *Config) { c.ElectionTimeout = time.Microsecond }},
+		{"ElectionTimeout", func(c *Config) { c.HeartbeatInterval, c.ElectionTimeout = 100*time.Millisecond, 299*time.Millisecond }},
+		{"DisableCheckQuorum", func(c *Config) { c.DisableCheckQuorum = true }},
+		{"MaxCommandBytes", func(c *Config) { c.MaxCommandBytes = -1 }},
+		{"MaxCommandBytes", func(c *Config) { c.MaxCommandBytes = maxCommandBytesLimit + 1 }},
+		{"MaxQueueBytes", func(c *Config) { c.MaxQueueBytes = 10 }},
+		{"MaxUncommittedBytes", func(c *Config) { c.MaxUncommittedBytes = -1 }},
+		{"MaxFrameBytes", func(c *Config) { c.MaxFrameBytes = -1 }},
+		{"MaxInflightAppends", func(c *Config) { c.MaxInflightAppends = 100000 }},
+		{"MaxInflightBytes", func(c *Config) { c.MaxInflightBytes = -1 }},
+		{"MaxLogMemoryBytes", func(c *Config) { c.MaxLogMemoryBytes = -1 }},
+		{"MaxSegmentBytes", func(c *Config) { c.MaxSegmentBytes = 4096 }},
+	} {
+		c := goodConfig()
+		test.spoil(&c)
+		if err := c.Validate(); err == nil || !strings.Contains(err.Error(), "\n"+test.field+":") {
+			t.Errorf("a bad %s: %v", test.field, err)
+		} else if n := strings.Count(err.Error(), "\n"); n > 2 { // what depends on the field may be bad with it
+			t.Errorf("a bad %s gives %d complaints: %v", test.field, n, err)
+		}
+	}
+}

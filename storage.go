@@ -24,7 +24,7 @@ type Recovered struct {
 	HardState   HardState
 	Start       EntryID   // the log begins after this entry
 	Last        Index     // newest entry, Start.Index if there is none
-	Runs        []EntryID // first entry of each run of equal terms from Start.Index+1 to Last
+	Runs        []EntryID // first entry of each run of equal terms up to Last; the oldest may begin before the start
 	Tail        []Entries // the newest entries, as far as memory should hold them; at least the last one, if there is one
 	Config      []byte    // data of the newest configuration entry, nil in an unformed directory
 	ConfigIndex Index
