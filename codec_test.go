@@ -1053,10 +1053,10 @@ func wireExamples() map[string][]byte {
 	unformed := formAnswer{DirectoryID: dir(0xaa), List: list}
 	f.saved()
 	formed := f.answer()
-	h := hello{MinVersion: 1, MaxVersion: 1, Role: rolePeer, Channel: channelAppend, Nonce: 0x0102030405060708, DirectoryID: dir(0xaa), Cluster: "demo", From: "a", To: "b"}
+	h := hello{MinVersion: 1, MaxVersion: 1, Role: rolePeer, Channel: channelAppend, Nonce: 0x0102030405060708, Boot: 3, DirectoryID: dir(0xaa), Cluster: "demo", From: "a", To: "b"}
 	return map[string][]byte{
 		"hello":           encodeGreeting(greetHello, h.encode(nil)),
-		"welcome":         encodeGreeting(greetWelcome, (&welcome{Version: 1, Nonce: 5, DirectoryID: dir(0xbb)}).encode(nil)),
+		"welcome":         encodeGreeting(greetWelcome, (&welcome{Version: 1, Nonce: 5, Boot: 7, DirectoryID: dir(0xbb)}).encode(nil)),
 		"refusal":         encodeGreeting(greetRefusal, (&refusal{HandshakeStopping, "later"}).encode(nil)),
 		"form question":   encodeGreeting(greetForm, unformed.encode(nil)),
 		"form answer":     encodeGreeting(greetFormBack, formed.encode(nil)),

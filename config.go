@@ -63,6 +63,7 @@ type Config struct {
 
 	Logger *slog.Logger // nil: slog.Default()
 
+	versions       wireVersions  // of the wire; tests mix releases by it
 	unstableTiming bool          // the harness runs timing that no service should
 	closeGrace     time.Duration // how long Close waits for what it can't interrupt
 }
@@ -172,6 +173,7 @@ func (c Config) withDefaults() Config {
 	setDefault(&c.MaxLogMemoryBytes, 8<<20)
 	setDefault(&c.MaxSegmentBytes, 64<<20)
 	setDefault(&c.closeGrace, 1500*time.Millisecond)
+	setDefault(&c.versions, wireVersions{minWireVersion, maxWireVersion})
 	if c.Logger == nil {
 		c.Logger = slog.Default()
 	}

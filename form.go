@@ -20,7 +20,8 @@ const handshakeTimeout = 5 * time.Second
 func (s *Server) me() identity {
 	return identity{
 		Cluster: s.conf.ClusterID, ClusterUUID: s.cm.core.configuration.clusterUUID,
-		Node: s.conf.ID, DirectoryID: s.dirID, Nonce: s.nonce,
+		Node: s.conf.ID, DirectoryID: s.dirID, Nonce: s.nonce, Boot: s.boot,
+		Versions: s.conf.versions,
 	}
 }
 
@@ -41,12 +42,32 @@ func (s *Server) dial(to memberID, ch channel) (net.Conn, *rpcClient, error) {
 		s.report(m.name, "dialling", err)
 		return nil, nil, err
 	}
-	if err := me.checkWelcome(m.name, w, m.dirID); err != nil {
+	if err := s.judgeWelcome(m.name, w, m.dirID); err != nil {
 		s.forget(raw)
 		s.report(m.name, "dialling", err)
 		return nil, nil, err
 	}
 	return raw, newRPCClient(newClientCodec(conn, w.Version, s.codecLimits(ch))), nil
+}
+
+// judgeWelcome decides whether a dialled peer may be talked to: by the directory
+// ID that the configuration has for it, zero if none, and by its earlier starts.
+func (s *Server) judgeWelcome(peer NodeID, w welcome, known [16]byte) error {
+	s.cm.mu.Lock()
+	defer s.cm.unlock()
+	me := s.me()
+	if err := me.checkWelcome(peer, w, known); err != nil {
+		return err
+	}
+	if no := s.noteBoot(peer, boot{w.DirectoryID, w.Boot, w.Nonce}); no != nil {
+		return &HandshakeError{Reason: no.Reason, Peer: string(peer), Text: no.Text}
+	}
+	return nil
+}
+
+// noteBoot is bootMemory.note with the members preferred. The module's lock is held.
+func (s *Server) noteBoot(peer NodeID, b boot) *refusal {
+	return s.boots.note(peer, b, func(id NodeID) bool { return s.cm.core.configuration.byName(id) != nil })
 }
 
 var errNoMember = errors.New("raft: no such member")
@@ -92,7 +113,7 @@ func (s *Server) dialTimeout() time.Duration {
 
 // accept hears who dialled and decides whether it may talk.
 func (s *Server) accept(conn net.Conn) (hello, welcome, error) {
-	return acceptHandshake(conn, func(h hello) (welcome, *refusal) {
+	return acceptHandshake(conn, s.conf.versions, func(h hello) (welcome, *refusal) {
 		s.cm.mu.Lock()
 		defer s.cm.unlock()
 		c, me := s.cm.core, s.me()
@@ -111,6 +132,9 @@ func (s *Server) accept(conn net.Conn) (hello, welcome, error) {
 			return welcome{}, &refusal{HandshakeRoleRefused, "clients are not served by this release"}
 		case h.Channel != channelFormation && !formed && len(s.conf.Bootstrap) > 0:
 			return welcome{}, &refusal{HandshakeRoleRefused, "this node has not formed or joined a cluster yet"}
+		}
+		if no := s.noteBoot(h.From, boot{h.DirectoryID, h.Boot, h.Nonce}); no != nil {
+			return welcome{}, no
 		}
 		return me.welcome(), nil
 	}, handshakeTimeout)
@@ -227,6 +251,9 @@ func (s *Server) askFounder(id NodeID) error {
 		return err
 	}
 	defer s.forget(raw)
+	if err := s.judgeWelcome(id, w, [16]byte{}); err != nil {
+		return err
+	}
 	its, err := dialFormation(conn, mine, s.dialTimeout())
 	if err != nil {
 		return err

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"hash/crc32"
 	"io"
+	"maps"
 	"net"
 	"strings"
 	"time"
@@ -21,6 +22,15 @@ const (
 	minWireVersion = 1
 	maxWireVersion = 1
 )
+
+// wireVersions is the range of wire versions that a node speaks.
+type wireVersions struct{ min, max byte }
+
+// common returns the highest version in both ranges, false if there is none.
+func (v wireVersions) common(other wireVersions) (byte, bool) {
+	version := min(v.max, other.max)
+	return version, version >= v.min && version >= other.min
+}
 
 type greetingKind byte
 
@@ -76,6 +86,12 @@ const (
 	HandshakeStopping
 	// HandshakeMalformed: a greeting does not follow the protocol.
 	HandshakeMalformed
+	// HandshakeOldDirectory: a node with this data directory was started more
+	// often than the one that came: the directory was rolled back, or is an
+	// older copy.
+	HandshakeOldDirectory
+	// HandshakeRunningTwice: two nodes run with copies of one data directory.
+	HandshakeRunningTwice
 )
 
 func (r HandshakeReason) String() string {
@@ -96,6 +112,10 @@ func (r HandshakeReason) String() string {
 		return "stopping"
 	case HandshakeMalformed:
 		return "malformed greeting"
+	case HandshakeOldDirectory:
+		return "old state of a data directory"
+	case HandshakeRunningTwice:
+		return "one data directory runs twice"
 	}
 	return fmt.Sprintf("reason %d", byte(r))
 }
@@ -145,10 +165,11 @@ func (c channel) String() string {
 
 // hello is what a dialler says first.
 type hello struct {
-	MinVersion, MaxVersion byte // set by dialHandshake
+	MinVersion, MaxVersion byte
 	Role                   peerRole
 	Channel                channel
 	Nonce                  uint64 // random, of this run of the dialler
+	Boot                   uint64 // how often the dialler's directory was opened; zero for a client
 	DirectoryID            [16]byte
 	ClusterUUID            [16]byte // zero while unformed
 	Cluster                string
@@ -159,6 +180,7 @@ type hello struct {
 type welcome struct {
 	Version     byte // chosen by acceptHandshake
 	Nonce       uint64
+	Boot        uint64
 	DirectoryID [16]byte
 }
 
@@ -170,7 +192,7 @@ type refusal struct {
 
 func (h *hello) encode(b []byte) []byte {
 	b = append(b, h.MinVersion, h.MaxVersion, byte(h.Role), byte(h.Channel))
-	b = appendUint64s(b, h.Nonce)
+	b = appendUint64s(b, h.Nonce, h.Boot)
 	b = append(append(b, h.DirectoryID[:]...), h.ClusterUUID[:]...)
 	return appendString(appendString(appendString(b, h.Cluster), string(h.From)), string(h.To))
 }
@@ -179,7 +201,7 @@ func decodeHello(b []byte) (h hello, err error) {
 	r := reader{b: b}
 	h.MinVersion, h.MaxVersion = r.byte(), r.byte()
 	h.Role, h.Channel = peerRole(r.byte()), channel(r.byte())
-	h.Nonce = r.uint64()
+	h.Nonce, h.Boot = r.uint64(), r.uint64()
 	copy(h.DirectoryID[:], r.bytes(16))
 	copy(h.ClusterUUID[:], r.bytes(16))
 	h.Cluster, h.From, h.To = r.string(), NodeID(r.string()), NodeID(r.string())
@@ -187,12 +209,12 @@ func decodeHello(b []byte) (h hello, err error) {
 }
 
 func (w *welcome) encode(b []byte) []byte {
-	return append(appendUint64s(append(b, w.Version), w.Nonce), w.DirectoryID[:]...)
+	return append(appendUint64s(append(b, w.Version), w.Nonce, w.Boot), w.DirectoryID[:]...)
 }
 
 func decodeWelcome(b []byte) (w welcome, err error) {
 	r := reader{b: b}
-	w.Version, w.Nonce = r.byte(), r.uint64()
+	w.Version, w.Nonce, w.Boot = r.byte(), r.uint64(), r.uint64()
 	copy(w.DirectoryID[:], r.bytes(16))
 	return w, r.err
 }
@@ -287,10 +309,9 @@ func describeForeign(b []byte) string {
 }
 
 // dialHandshake introduces this node on a new connection and returns what the
-// other side answered. It fills in the versions of h. A refusal, by either
-// side, is a *HandshakeError. After an error the caller closes conn.
+// other side answered. A refusal, by either side, is a *HandshakeError. After
+// an error the caller closes conn.
 func dialHandshake(conn net.Conn, h hello, timeout time.Duration) (welcome, error) {
-	h.MinVersion, h.MaxVersion = minWireVersion, maxWireVersion
 	conn.SetDeadline(time.Now().Add(timeout)) // an error here comes back from the first write
 	w, err := introduce(conn, &h)
 	if err != nil {
@@ -356,13 +377,14 @@ func handshakeFailure(conn net.Conn, peer NodeID, timeout time.Duration, err err
 }
 
 // acceptHandshake hears the hello of an accepted connection and lets decide
-// answer it: with a welcome, whose version it fills in, or a refusal. decide
-// is not asked when the versions have nothing in common. The error is a
+// answer it: with a welcome, whose version it fills in from what own and the
+// hello have in common, or a refusal. decide is not asked when that is
+// nothing. The error is a
 // *HandshakeError if either side broke the protocol or decide refused; after
 // an error the caller closes conn.
-func acceptHandshake(conn net.Conn, decide func(hello) (welcome, *refusal), timeout time.Duration) (hello, welcome, error) {
+func acceptHandshake(conn net.Conn, own wireVersions, decide func(hello) (welcome, *refusal), timeout time.Duration) (hello, welcome, error) {
 	conn.SetDeadline(time.Now().Add(timeout)) // an error here comes back from the first read
-	h, w, err := receive(conn, decide)
+	h, w, err := receive(conn, own, decide)
 	if err != nil {
 		return h, welcome{}, handshakeFailure(conn, h.From, timeout, err)
 	}
@@ -370,7 +392,7 @@ func acceptHandshake(conn net.Conn, decide func(hello) (welcome, *refusal), time
 	return h, w, nil
 }
 
-func receive(conn net.Conn, decide func(hello) (welcome, *refusal)) (hello, welcome, error) {
+func receive(conn net.Conn, own wireVersions, decide func(hello) (welcome, *refusal)) (hello, welcome, error) {
 	kind, body, err := readGreeting(conn, maxHandshakeBytes)
 	if err != nil {
 		return hello{}, welcome{}, err
@@ -384,13 +406,13 @@ func receive(conn net.Conn, decide func(hello) (welcome, *refusal)) (hello, welc
 		refuse(conn, &refusal{HandshakeMalformed, err.Error()})
 		return hello{}, welcome{}, err
 	}
-	version := min(h.MaxVersion, maxWireVersion)
+	version, ok := own.common(wireVersions{h.MinVersion, h.MaxVersion})
 	var w welcome
 	var no *refusal
-	if version < h.MinVersion || version < minWireVersion {
+	if !ok {
 		no = &refusal{HandshakeNoCommonVersion, fmt.Sprintf(
 			"%q speaks wire versions %d to %d, this node %d to %d; upgrade one release at a time",
-			h.From, h.MinVersion, h.MaxVersion, minWireVersion, maxWireVersion)}
+			h.From, h.MinVersion, h.MaxVersion, own.min, own.max)}
 	} else {
 		w, no = decide(h)
 	}
@@ -415,19 +437,22 @@ type identity struct {
 	Node        NodeID
 	DirectoryID [16]byte
 	Nonce       uint64
+	Boot        uint64
+	Versions    wireVersions
 }
 
 // hello introduces this node to another on a channel.
 func (me *identity) hello(to NodeID, channel channel) hello {
 	return hello{
-		Role: rolePeer, Channel: channel, Nonce: me.Nonce, DirectoryID: me.DirectoryID,
+		MinVersion: me.Versions.min, MaxVersion: me.Versions.max,
+		Role: rolePeer, Channel: channel, Nonce: me.Nonce, Boot: me.Boot, DirectoryID: me.DirectoryID,
 		ClusterUUID: me.ClusterUUID, Cluster: me.Cluster, From: me.Node, To: to,
 	}
 }
 
 // welcome is this node's consent.
 func (me *identity) welcome() welcome {
-	return welcome{Nonce: me.Nonce, DirectoryID: me.DirectoryID}
+	return welcome{Nonce: me.Nonce, Boot: me.Boot, DirectoryID: me.DirectoryID}
 }
 
 // check judges a hello by everything that does not depend on the state of the
@@ -470,4 +495,45 @@ func (me *identity) checkWelcome(peer NodeID, w welcome, known [16]byte) *Handsh
 	}
 	return &HandshakeError{Reason: HandshakeOtherDirectory, Peer: string(peer), Text: fmt.Sprintf(
 		"%q is known with data directory %x and answers with %x; restore its own directory, or add it under a new ID and remove the old one", peer, known, w.DirectoryID)}
+}
+
+// boot is one start of a node: the state of which directory it began with.
+type boot struct {
+	directory [16]byte
+	count     uint64 // how often that directory was opened
+	nonce     uint64 // random
+}
+
+// bootMemory holds the newest start of each peer that this node has talked to.
+type bootMemory map[NodeID]boot
+
+// maxBoots bounds a bootMemory: IDs of strangers cost nothing to invent.
+const maxBoots = 256
+
+// note judges a start of a peer by what is remembered, and remembers it if it
+// is newer. A directory that was rolled back, or copied some time ago, counts
+// fewer starts than its peers have seen; one that was just copied counts as
+// many, under another nonce. The memory is this run's only, and a directory
+// that is started often enough catches up: this finds mistakes of operators
+// and does not prove their absence. keep says whom to prefer when the memory
+// is full.
+func (seen bootMemory) note(peer NodeID, b boot, keep func(NodeID) bool) *refusal {
+	last, known := seen[peer]
+	same := known && last.directory == b.directory
+	switch {
+	case same && b.count < last.count:
+		return &refusal{HandshakeOldDirectory, fmt.Sprintf(
+			"%q came with start %d of data directory %x, and start %d of it was seen before: the directory was rolled back, or is an older copy; stop this node, and start the one with the newest state, or remove %q and add it under a new ID with an empty directory", peer, b.count, b.directory, last.count, peer)}
+	case same && b.count == last.count && b.nonce != last.nonce:
+		return &refusal{HandshakeRunningTwice, fmt.Sprintf(
+			"two nodes called %q run with copies of data directory %x, both in start %d of it; stop the copy and start the original once more, or remove %q and add it under a new ID with an empty directory", peer, b.directory, b.count, peer)}
+	}
+	if !known && len(seen) >= maxBoots {
+		maps.DeleteFunc(seen, func(id NodeID, _ boot) bool { return !keep(id) })
+		if len(seen) >= maxBoots {
+			return nil
+		}
+	}
+	seen[peer] = b
+	return nil
 }

@@ -37,10 +37,10 @@ func TestGreetingsRoundTrip(t *testing.T) {
 		str := func(name string) string { return rapid.StringN(0, 80, 255).Draw(t, name) }
 		h := hello{
 			rapid.Byte().Draw(t, "min"), rapid.Byte().Draw(t, "max"), peerRole(rapid.Byte().Draw(t, "role")),
-			channel(rapid.Byte().Draw(t, "channel")), rapid.Uint64().Draw(t, "nonce"),
+			channel(rapid.Byte().Draw(t, "channel")), rapid.Uint64().Draw(t, "nonce"), rapid.Uint64().Draw(t, "boot"),
 			drawDir(t, "directory"), drawDir(t, "uuid"), str("cluster"), NodeID(str("from")), NodeID(str("to")),
 		}
-		w := welcome{rapid.Byte().Draw(t, "version"), rapid.Uint64().Draw(t, "nonce"), drawDir(t, "directory")}
+		w := welcome{rapid.Byte().Draw(t, "version"), rapid.Uint64().Draw(t, "nonce"), rapid.Uint64().Draw(t, "boot"), drawDir(t, "directory")}
 		f := refusal{HandshakeReason(rapid.Byte().Draw(t, "reason")), printable(str("text"))}
 		later := rapid.SliceOfN(rapid.Byte(), 0, 10).Draw(t, "later fields")
 		check := func(kind greetingKind, raw []byte, want any, decode func([]byte) (any, error)) {
@@ -62,8 +62,10 @@ func TestGreetingsRoundTrip(t *testing.T) {
 	})
 }
 
-var nodeA = identity{Cluster: "demo", ClusterUUID: dirOf(1), Node: "a", DirectoryID: dirOf(0xaa), Nonce: 11}
-var nodeB = identity{Cluster: "demo", ClusterUUID: dirOf(1), Node: "b", DirectoryID: dirOf(0xbb), Nonce: 22}
+var thisRelease = wireVersions{minWireVersion, maxWireVersion}
+
+var nodeA = identity{Cluster: "demo", ClusterUUID: dirOf(1), Node: "a", DirectoryID: dirOf(0xaa), Nonce: 11, Boot: 3, Versions: thisRelease}
+var nodeB = identity{Cluster: "demo", ClusterUUID: dirOf(1), Node: "b", DirectoryID: dirOf(0xbb), Nonce: 22, Boot: 4, Versions: thisRelease}
 
 // shake runs both ends of a handshake.
 func shake(t *testing.T, h hello, decide func(hello) (welcome, *refusal)) (w welcome, dialErr error, heard hello, acceptErr error) {
@@ -73,7 +75,7 @@ func shake(t *testing.T, h hello, decide func(hello) (welcome, *refusal)) (w wel
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
-		heard, _, acceptErr = acceptHandshake(peer, decide, time.Second)
+		heard, _, acceptErr = acceptHandshake(peer, thisRelease, decide, time.Second)
 		if acceptErr != nil {
 			peer.Close()
 		}
@@ -97,11 +99,10 @@ func TestHandshakeAgrees(t *testing.T) {
 	if dialErr != nil || acceptErr != nil {
 		t.Fatal(dialErr, acceptErr)
 	}
-	if want := (welcome{maxWireVersion, 22, dirOf(0xbb)}); w != want {
+	if want := (welcome{maxWireVersion, 22, 4, dirOf(0xbb)}); w != want {
 		t.Errorf("welcome %+v, want %+v", w, want)
 	}
 	want := nodeA.hello("b", channelAppend)
-	want.MinVersion, want.MaxVersion = minWireVersion, maxWireVersion
 	if heard != want {
 		t.Errorf("heard %+v, want %+v", heard, want)
 	}
@@ -187,7 +188,7 @@ func TestVersions(t *testing.T) {
 		asked := false
 		accepted := make(chan error, 1)
 		go func() {
-			_, w, err := acceptHandshake(peer, func(hello) (welcome, *refusal) { asked = true; return nodeB.welcome(), nil }, time.Second)
+			_, w, err := acceptHandshake(peer, thisRelease, func(hello) (welcome, *refusal) { asked = true; return nodeB.welcome(), nil }, time.Second)
 			if err == nil && w.Version != maxWireVersion {
 				err = errors.New("wrong version chosen")
 			}
@@ -268,7 +269,7 @@ func TestAcceptorRefusesBadInput(t *testing.T) {
 		"a welcome":      {encodeGreeting(greetWelcome, nil), "began with a welcome"},
 		"unknown kind":   {encodeGreeting(99, nil), "greeting of kind 99"},
 		"a short hello":  {encodeGreeting(greetHello, []byte{1, 1, 1}), "hello is cut short"},
-		"a long string":  {encodeGreeting(greetHello, append(valid.encode(nil)[:44], 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 1)), "hello is cut short"},
+		"a long string":  {encodeGreeting(greetHello, append(valid.encode(nil)[:52], 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 1)), "hello is cut short"},
 		"formation talk": {encodeGreeting(greetForm, nil), "began with a formation question"},
 	} {
 		conn, peer := net.Pipe()
@@ -276,7 +277,7 @@ func TestAcceptorRefusesBadInput(t *testing.T) {
 		go func() { conn.Write(c.input); conn.Close() }()
 		var before, after runtime.MemStats
 		runtime.ReadMemStats(&before)
-		_, _, err := acceptHandshake(peer, func(hello) (welcome, *refusal) {
+		_, _, err := acceptHandshake(peer, thisRelease, func(hello) (welcome, *refusal) {
 			t.Errorf("%s: somebody was asked to decide", name)
 			return welcome{}, nil
 		}, time.Second)
@@ -308,7 +309,7 @@ func TestHandshakeDeadline(t *testing.T) {
 			}
 		}()
 		began := time.Now()
-		_, _, err := acceptHandshake(peer, func(hello) (welcome, *refusal) { return welcome{}, nil }, 5*time.Second)
+		_, _, err := acceptHandshake(peer, thisRelease, func(hello) (welcome, *refusal) { return welcome{}, nil }, 5*time.Second)
 		peer.Close()
 		if !errors.Is(err, os.ErrDeadlineExceeded) || !strings.Contains(err.Error(), "was not done after 5s") || time.Since(began) != 5*time.Second {
 			t.Errorf("acceptor: %v after %v", err, time.Since(began))
@@ -344,7 +345,7 @@ func FuzzHandshake(f *testing.F) {
 	h := nodeA.hello("b", channelControl)
 	f.Add(byte(0), encodeGreeting(greetHello, h.encode(nil)))
 	f.Add(byte(1), h.encode(nil))
-	f.Add(byte(2), (&welcome{1, 2, dirOf(3)}).encode(nil))
+	f.Add(byte(2), (&welcome{1, 2, 5, dirOf(3)}).encode(nil))
 	f.Add(byte(3), (&refusal{HandshakeStopping, "later"}).encode(nil))
 	f.Fuzz(func(t *testing.T, what byte, in []byte) {
 		switch what % 4 {

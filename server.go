@@ -23,6 +23,7 @@ type Server struct {
 	listener net.Listener
 	dirID    [16]byte
 	nonce    uint64
+	boot     uint64          // how often the directory was opened
 	formWake chan struct{}   // signalled when entry 1 is decided
 	ctx      context.Context // ends when the node dies: every dial and wait
 	cancel   context.CancelFunc
@@ -32,6 +33,7 @@ type Server struct {
 	links     map[linkKey]*link
 	forwards  map[memberID]int // unanswered batches of proposals
 	formation *formation       // while forming
+	boots     bootMemory       // of peers
 
 	mu     sync.Mutex // the innermost lock
 	conns  map[net.Conn]struct{}
@@ -59,6 +61,7 @@ func Start(ctx context.Context, c Config) (*Server, error) {
 		events:   &eventLog{node: c.ID, logger: c.Logger},
 		links:    map[linkKey]*link{},
 		forwards: map[memberID]int{},
+		boots:    bootMemory{},
 		conns:    map[net.Conn]struct{}{},
 		served:   map[servedKey]*servedConn{},
 		formWake: make(chan struct{}, 1),
@@ -103,7 +106,7 @@ func (s *Server) recover(ctx context.Context) (*core, error) {
 	if err != nil {
 		return nil, err
 	}
-	s.dirID = rec.DirectoryID
+	s.dirID, s.boot = rec.DirectoryID, rec.Boot
 	var nonce [8]byte
 	rand.Read(nonce[:])
 	s.nonce = binary.LittleEndian.Uint64(nonce[:])
