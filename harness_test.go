@@ -80,7 +80,8 @@ func judged(t *testing.T, n int, f func(h *Harness), opts ...HarnessOption) (fai
 	return strings.Join(r.errs, "\n"), r.out.String()
 }
 
-// Each check fails when what it checks is not so, and says what it saw.
+// Each check fails when what it checks is not so, in virtual time, and says what
+// it saw. More than 70 lines: a table of cases.
 func TestHarnessChecksFail(t *testing.T) {
 	for _, test := range []struct {
 		name string
