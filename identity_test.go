@@ -481,6 +481,18 @@ func TestClonedDirectory(t *testing.T) {
 		}
 		adopt = true
 		h.start(3)
+		for i := 1; i <= 2; i++ { // the clone campaigns, and so greets both
+			s := h.Server(i)
+			if !h.eventually(func() bool {
+				s.cm.mu.Lock()
+				defer s.cm.unlock()
+				return s.boots["0"].count == 2
+			}) {
+				t.Fatalf("node %d did not hear of the clone", i)
+			}
+		}
+		h.net.reset(0, 1) // the original has to introduce itself anew
+		h.net.reset(0, 2)
 		h.waitRefusal(t, 0, "1", HandshakeOldDirectory, true)
 		h.waitRefusal(t, 1, "0", HandshakeOldDirectory, false)
 		h.close(h.nodes[0])
@@ -517,8 +529,9 @@ func TestRolledBackDirectory(t *testing.T) {
 			}
 			disk.dir = "backup"
 			h.RestartPeer(0)
-			h.waitRefusal(t, 0, "1", reason, true)
-			h.waitRefusal(t, 1, "0", reason, false)
+			leader, _ := h.CheckSingleLeader() // it has talked to each start
+			h.waitRefusal(t, 0, NodeID(strconv.Itoa(leader)), reason, true)
+			h.waitRefusal(t, leader, "0", reason, false)
 			h.CrashPeer(0)
 			h.settled(t, "without it")
 			disk.dir = "data"
