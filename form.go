@@ -1,6 +1,7 @@
 package raft
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -309,7 +310,8 @@ func (s *Server) formed() {
 // answerFormation tells a founder where this node stands. A node that holds a
 // log answers with its entry 1.
 func (s *Server) answerFormation(conn net.Conn, h hello) error {
-	return acceptFormation(conn, func(its formAnswer) (formAnswer, error) {
+	var heard *formAnswer
+	err := acceptFormation(conn, func(its formAnswer) (formAnswer, error) {
 		s.cm.mu.Lock()
 		f := s.formation
 		s.cm.unlock()
@@ -319,13 +321,17 @@ func (s *Server) answerFormation(conn net.Conn, h hello) error {
 		if its.DirectoryID != h.DirectoryID {
 			return formAnswer{}, errors.New("raft: the founder gives two directory IDs")
 		}
-		if err := s.heardFounder(h.From, its); err != nil {
-			return formAnswer{}, err
-		}
+		heard = &its
 		s.cm.mu.Lock()
 		defer s.cm.unlock()
 		return f.answer(), nil
 	}, handshakeTimeout)
+	if heard == nil {
+		return err
+	}
+	// Only now, because it may end this node: the other side must hear of the
+	// contradiction too.
+	return cmp.Or(s.heardFounder(h.From, *heard), err)
 }
 
 // answerFormed is the answer of a node that recovered its log: the first

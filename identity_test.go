@@ -285,7 +285,7 @@ func TestFormationCutAtEachStep(t *testing.T) {
 				}
 				return &cutConn{conn, &c}, nil
 			}
-		}))
+		}), WithTimeLimit(time.Minute))
 	}
 }
 
