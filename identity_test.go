@@ -56,10 +56,25 @@ func (h *Harness) wipe(i int) {
 func (h *Harness) settled(t *testing.T, command string) {
 	t.Helper()
 	leader, _ := h.CheckSingleLeader()
-	if _, err := h.Server(leader).Propose(t.Context(), []byte(command)); err != nil {
-		t.Fatalf("propose %q: %v", command, err)
-	}
+	h.write(t, leader, command)
 	h.CheckCommittedN([]byte(command), len(h.connectedNodes()))
+}
+
+// write proposes a command on node i until it is known to be committed: more
+// than once, if a connection broke meanwhile.
+func (h *Harness) write(t *testing.T, i int, command string) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), 2*h.patience)
+	defer cancel()
+	for {
+		_, err := h.Server(i).Propose(ctx, []byte(command))
+		if err == nil {
+			return
+		}
+		if !errors.Is(err, ErrOutcomeUnknown) || ctx.Err() != nil {
+			t.Fatalf("propose %q on node %d: %v%s", command, i, err, h.describe())
+		}
+	}
 }
 
 // waitMissing waits until node i misses exactly these founders.
@@ -619,13 +634,13 @@ func TestRollingUpgrade(t *testing.T) {
 			p := h.Server(leader).Submit(cmd(written))
 			release[i] = to
 			h.RestartPeer(i)
-			if _, err := p.Wait(t.Context()); err != nil {
+			if _, err := p.Wait(t.Context()); errors.Is(err, ErrOutcomeUnknown) {
+				h.write(t, i, string(cmd(written)))
+			} else if err != nil {
 				t.Fatalf("a write while node %d changes to version %d: %v", i, to, err)
 			}
 			for k := range 3 {
-				if _, err := h.Server(k).Propose(t.Context(), fmt.Appendf(nil, "%d through %d", written, k)); err != nil {
-					t.Fatalf("a write through node %d with releases %v: %v", k, release, err)
-				}
+				h.write(t, k, fmt.Sprintf("%d through %d", written, k))
 			}
 			h.CheckCommittedN(cmd(written), 3)
 			written++
