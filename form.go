@@ -1,6 +1,7 @@
 package raft
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -118,7 +119,9 @@ func (s *Server) accept(conn net.Conn) (hello, welcome, error) {
 		defer s.cm.unlock()
 		c, me := s.cm.core, s.me()
 		var known [16]byte
-		if m := c.configuration.byName(h.From); m != nil {
+		// A founder that comes back with another directory learns from entry 1
+		// that it is one, which ends it; a refusal here would keep it asking.
+		if m := c.configuration.byName(h.From); m != nil && h.Channel != channelFormation {
 			known = m.dirID
 		}
 		if no := me.check(h, known); no != nil {
@@ -132,6 +135,11 @@ func (s *Server) accept(conn net.Conn) (hello, welcome, error) {
 			return welcome{}, &refusal{HandshakeRoleRefused, "clients are not served by this release"}
 		case h.Channel != channelFormation && !formed && len(s.conf.Bootstrap) > 0:
 			return welcome{}, &refusal{HandshakeRoleRefused, "this node has not formed or joined a cluster yet"}
+		}
+		// The formation channel leads to no vote: what it says of a directory
+		// must not displace what is remembered of a member's.
+		if h.Channel == channelFormation && formed {
+			return me.welcome(), nil
 		}
 		if no := s.noteBoot(h.From, boot{h.DirectoryID, h.Boot, h.Nonce}); no != nil {
 			return welcome{}, no
@@ -194,9 +202,14 @@ func (s *Server) runForming() {
 			s.emit(Event{Kind: EventForming, Detail: "waiting to hear from " + joinIDs(missing)})
 			s.events.log()
 		}
-		for _, id := range missing {
-			if err := s.askFounder(id); err != nil {
-				s.report(id, "forming", err)
+		// Also those that were heard: one may have formed since, when it had heard
+		// everybody, or have lost its directory.
+		for _, m := range s.conf.Bootstrap {
+			if m.ID == s.conf.ID {
+				continue
+			}
+			if err := s.askFounder(m.ID, m.Addr); err != nil {
+				s.report(m.ID, "forming", err)
 			}
 		}
 		s.cm.mu.Lock()
@@ -236,13 +249,7 @@ func joinIDs(ids []NodeID) string {
 }
 
 // askFounder exchanges with one founder what both know.
-func (s *Server) askFounder(id NodeID) error {
-	addr := ""
-	for _, m := range s.conf.Bootstrap {
-		if m.ID == id {
-			addr = m.Addr
-		}
-	}
+func (s *Server) askFounder(id NodeID, addr string) error {
 	s.cm.mu.Lock()
 	me, mine := s.me(), s.formation.answer()
 	s.cm.unlock()
@@ -303,7 +310,8 @@ func (s *Server) formed() {
 // answerFormation tells a founder where this node stands. A node that holds a
 // log answers with its entry 1.
 func (s *Server) answerFormation(conn net.Conn, h hello) error {
-	return acceptFormation(conn, func(its formAnswer) (formAnswer, error) {
+	var heard *formAnswer
+	err := acceptFormation(conn, func(its formAnswer) (formAnswer, error) {
 		s.cm.mu.Lock()
 		f := s.formation
 		s.cm.unlock()
@@ -313,13 +321,17 @@ func (s *Server) answerFormation(conn net.Conn, h hello) error {
 		if its.DirectoryID != h.DirectoryID {
 			return formAnswer{}, errors.New("raft: the founder gives two directory IDs")
 		}
-		if err := s.heardFounder(h.From, its); err != nil {
-			return formAnswer{}, err
-		}
+		heard = &its
 		s.cm.mu.Lock()
 		defer s.cm.unlock()
 		return f.answer(), nil
 	}, handshakeTimeout)
+	if heard == nil {
+		return err
+	}
+	// Only now, because it may end this node: the other side must hear of the
+	// contradiction too.
+	return cmp.Or(s.heardFounder(h.From, *heard), err)
 }
 
 // answerFormed is the answer of a node that recovered its log: the first
