@@ -63,6 +63,8 @@ type ConsensusModule struct {
 	lastFlush  atomic.Int64 // unix nanoseconds
 	sealDue    atomic.Bool  // sealTimer runs
 	sealTimer  *time.Timer
+	staged     atomic.Uint64 // position of the newest save
+	flushed    atomic.Uint64 // position that a flush has reached
 	flushWake  chan struct{}
 	timerWake  chan struct{}
 	applyWake  chan struct{}
@@ -252,6 +254,7 @@ func (cm *ConsensusModule) handOver(out *effects) {
 	c := cm.core
 	if out.save != nil {
 		cm.storage.Append(*out.save)
+		cm.staged.Store(uint64(out.save.LSN))
 		if !cm.flushesItself {
 			wake(cm.flushWake)
 		}
@@ -360,6 +363,9 @@ func (cm *ConsensusModule) flush() error {
 	if !cm.sealDue.Swap(true) {
 		cm.sealTimer.Reset(sealAfter)
 	}
+	for old := cm.flushed.Load(); old < uint64(lsn) && !cm.flushed.CompareAndSwap(old, uint64(lsn)); {
+		old = cm.flushed.Load()
+	}
 	cm.step(func(c *core) { c.persisted(lsn, took) })
 	return nil
 }
@@ -374,6 +380,9 @@ func (cm *ConsensusModule) leaveDisk() {
 		cm.flushing.Add(-1)
 	}
 }
+
+// unflushed tells whether something is staged that no flush has reached.
+func (cm *ConsensusModule) unflushed() bool { return cm.staged.Load() > cm.flushed.Load() }
 
 // runFlusher makes staged saves durable, for every step whose goroutine does
 // not do it itself.

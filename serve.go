@@ -219,6 +219,7 @@ func isClosed(c <-chan struct{}) bool {
 // arrived, make it all durable at once, write all replies at once.
 func (c *servedConn) serveAppends(rpcs *rpc.Server) {
 	cm := c.server.cm
+	defer wake(cm.flushWake) // a broken connection must not leave anything staged
 	for {
 		if rpcs.ServeRequest(c.codec) != nil {
 			return
@@ -228,7 +229,8 @@ func (c *servedConn) serveAppends(rpcs *rpc.Server) {
 				return
 			}
 		}
-		for c.open.Load() > 0 {
+		// A reply may have left already, and yet the step may have staged something.
+		for c.open.Load() > 0 || cm.unflushed() {
 			if cm.flush() != nil || c.server.stopping() {
 				return
 			}
