@@ -117,10 +117,10 @@ func (s *sim) delay(m *simMsg) time.Duration {
 	}
 	d := w.delayMin + time.Duration(s.rng.Int64N(int64(2*w.delayMean)))
 	if s.chance(w.tailP) {
-		d += time.Duration(s.logUniform(0.01, 4) * float64(w.timeout))
+		d += s.someTimeouts(0.01, 4)
 	}
 	if m.isReply && s.chance(w.oldP) {
-		d += time.Duration(s.logUniform(1, 30) * float64(w.timeout))
+		d += s.someTimeouts(0.1, 30)
 	}
 	return d
 }
