@@ -180,6 +180,7 @@ const (
 	nemDeafLeader
 	nemCampaign
 	nemCampaignMore // drawn twice as often
+	nemMinority
 	nemesisCount
 )
 
@@ -210,6 +211,8 @@ func (s *sim) nemesis() {
 		}
 		s.cutWhere(func(a, b int) bool { return side[a] != side[b] })
 		s.note(-1, "partition %v", side)
+	case nemMinority:
+		s.isolateMinority(n)
 	case nemOneWay:
 		m := s.rng.IntN(len(s.nodes))
 		s.link(n.i, m).cut = true
@@ -266,6 +269,21 @@ func (s *sim) nemesis() {
 			s.crashAndRestart(n)
 		}
 	}
+}
+
+// isolateMinority cuts off the leader, or n, with a few others: what they append
+// to one another is lost to the majority.
+func (s *sim) isolateMinority(n *simNode) {
+	if l := s.highestLeader(); l != nil {
+		n = l
+	}
+	side := make([]bool, len(s.nodes))
+	side[n.i] = true
+	for k := (s.swarm.voters-1)/2 - 1; k > 0; k-- {
+		side[s.rng.IntN(len(s.nodes))] = true
+	}
+	s.cutWhere(func(a, b int) bool { return side[a] != side[b] })
+	s.note(-1, "minority %v", side)
 }
 
 func (s *sim) someTimeouts(lo, hi float64) time.Duration {

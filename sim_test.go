@@ -304,6 +304,16 @@ func (s *sim) drawChurn(w *simSwarm) {
 	if s.chance(0.5) {
 		w.readTailP, w.tailBytes = 0.5, 100
 	}
+	if s.chance(0.4) { // answers outlive several leaderships, of nodes that do not crash
+		w.nodes = s.between(4, 5)
+		w.voters = w.nodes
+		w.nemeses = []int{nemMinority, nemMinority, nemSplit, nemCampaign, nemCampaignMore, nemHealNet}
+		w.boundaryP, w.flushFailP, w.breakP = 0, 0, 0
+		w.nemesisEvery = time.Duration(t * s.logUniform(0.1, 1))
+		w.clientEvery = time.Duration(t * s.logUniform(0.02, 0.2))
+		w.flushMean = time.Duration(t * s.logUniform(0.0005, 0.01))
+		w.oldP = s.logUniform(0.1, 0.5)
+	}
 	w.roundTimeouts = s.between(20, 100)
 }
 
