@@ -116,24 +116,25 @@ func TestCompactKeepsNewestEntry(t *testing.T) {
 // compacted. (Simulator, seed 3.)
 func TestResendBeforeFirstAnswer(t *testing.T) {
 	c := testCore(t, 1, 3)
-	sent := elect(t, c)
-	for _, m := range sent {
-		if m.append != nil && m.to == 3 {
-			ack(c, 3, m.append)
-		}
+	elect(t, c)
+	for range 3 {
+		proposeOne(t, c, "x")
 	}
+	last := c.log.last
+	c.onVoteRequest(&voteArgs{Term: 2, Candidate: 3, Last: EntryID{last, 1}, Transfer: true}, nil)
 	persist(t, c)
-	c.compact(1)
-	a := appendsTo(2, sent)
-	if len(a) != 1 || a[0].Prev.Index != 1 {
+	a := appendsTo(2, elect(t, c))
+	if len(a) != 1 || a[0].Prev.Index != last {
 		t.Fatalf("sent %+v", a)
 	}
 	c.onAppendFailed(2, a[0])
-	persist(t, c)
+	if sent := appendsTo(2, persist(t, c)); len(sent) != 0 {
+		t.Errorf("sends again in a hurry: %+v", sent)
+	}
 	c.heartbeat()
 	again := appendsTo(2, persist(t, c))
-	if len(again) != 1 || again[0].Prev.Index != 1 {
-		t.Errorf("after the connection broke: %+v, want the append after entry 1 again", again)
+	if len(again) != 1 || again[0].Prev.Index != last {
+		t.Errorf("after the connection broke: %+v, want the append after entry %d again", again, last)
 	}
 }
 
@@ -153,13 +154,19 @@ func TestStarvingIsFoundOutByAsking(t *testing.T) {
 		t.Fatalf("commit index is %d, want %d", c.commitIndex, last)
 	}
 	c.compact(last - 1)
-	c.onAppendReply(2, appendsTo(2, sent)[0], &appendReply{Term: c.currentTerm, Hint: EntryID{0, 0}})
-	a := appendsTo(2, persist(t, c))
-	if p := c.progressOf(2); len(a) != 1 || a[0].Prev.Index != last-1 || p.starving != true {
-		// The refused append was before the log's start, so it starves at once.
-		if len(a) != 0 || !p.starving {
-			t.Fatalf("sent %+v, starving %v", a, p.starving)
-		}
+	p := c.progressOf(2)
+	p.probeFrom(1, c.appendSeq) // far behind, as far as we know
+	probe := appendsTo(2, persist(t, c))
+	if len(probe) != 1 || probe[0].Prev.Index != last-1 || p.starving {
+		t.Fatalf("sent %+v, starving %v; want a probe of entry %d", probe, p.starving, last-1)
+	}
+	c.onAppendReply(2, probe[0], &appendReply{Term: c.currentTerm, Hint: EntryID{1, 0}})
+	if sent := appendsTo(2, persist(t, c)); len(sent) != 0 || !p.starving {
+		t.Fatalf("sent %+v, starving %v; want a starving follower", sent, p.starving)
+	}
+	ack(c, 2, probe[0])
+	if persist(t, c); p.starving {
+		t.Error("starves after an acknowledgement")
 	}
 }
 
@@ -181,5 +188,46 @@ func TestRefusalBehindLaterAcknowledgement(t *testing.T) {
 	again := appendsTo(2, persist(t, c))
 	if len(again) != 1 || again[0].lastIndex() != two[0].lastIndex() {
 		t.Errorf("sent %+v, want entry %d again", again, two[0].lastIndex())
+	}
+}
+
+// Entries that were read from disk for a leader of one term must not be sent
+// by it in a later one: another leader may have replaced them meanwhile.
+func TestReadOfAnEarlierTermIsDropped(t *testing.T) {
+	c := testCore(t, 1, 3)
+	c.limits.maxTailBytes = 1
+	elect(t, c)
+	for range 3 {
+		proposeOne(t, c, "old")
+	}
+	refuse := func() (entryRequest, bool) {
+		p := c.progressOf(2)
+		for _, a := range p.inflight {
+			c.onAppendReply(2, &appendArgs{Term: c.currentTerm, Seq: a.seq, Prev: EntryID{c.log.last, c.currentTerm}}, &appendReply{Term: c.currentTerm, Hint: EntryID{1, 0}})
+			break
+		}
+		out := c.finish()
+		if len(out.reads) != 1 {
+			return entryRequest{}, false
+		}
+		return out.reads[0], true
+	}
+	q, ok := refuse()
+	if !ok || q.lo != 2 {
+		t.Fatalf("asked for %+v", q)
+	}
+	old := sealed(2, 1, "old") // what the slow disk will bring
+	c.onAppendRequest(&appendArgs{Term: 2, Leader: 3, Seq: 1, Prev: EntryID{1, 0}, Entries: []Entries{sealed(2, 2, "new", "new")}}, nil)
+	persist(t, c)
+	elect(t, c)
+	if again, ok := refuse(); !ok || again.lo != 2 || again.term != 3 {
+		t.Fatalf("asked for %+v", again)
+	}
+	c.entriesRead(q, []Entries{old})
+	if sent := appendsTo(2, persist(t, c)); len(sent) != 0 {
+		t.Errorf("sent entries of term %d, read in an earlier leadership", sent[0].Entries[0].term(0))
+	}
+	if p := c.progressOf(2); !p.reading {
+		t.Error("the read of this leadership is not waited for any more")
 	}
 }

@@ -144,7 +144,7 @@ func exportData(t *testing.T) importer.Lookup {
 	return func(path string) (io.ReadCloser, error) { return os.Open(where[path]) }
 }
 
-var failingSeed = regexp.MustCompile(`(seed \d+|\w+_test.go:\d+): [^\n]*`)
+var failingSeed = regexp.MustCompile(`(seed \d+|core_test.go:\d+): [^\n]*`)
 
 // TestMutants builds each mutant and runs the test that must catch it.
 func TestMutants(t *testing.T) {

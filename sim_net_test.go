@@ -117,10 +117,10 @@ func (s *sim) delay(m *simMsg) time.Duration {
 	}
 	d := w.delayMin + time.Duration(s.rng.Int64N(int64(2*w.delayMean)))
 	if s.chance(w.tailP) {
-		d += time.Duration(s.logUniform(0.01, 4) * float64(w.timeout))
+		d += s.someTimeouts(0.01, 4)
 	}
 	if m.isReply && s.chance(w.oldP) {
-		d += time.Duration(s.logUniform(1, 30) * float64(w.timeout))
+		d += s.someTimeouts(0.1, 30)
 	}
 	return d
 }
@@ -180,6 +180,7 @@ const (
 	nemDeafLeader
 	nemCampaign
 	nemCampaignMore // drawn twice as often
+	nemMinority
 	nemesisCount
 )
 
@@ -210,6 +211,8 @@ func (s *sim) nemesis() {
 		}
 		s.cutWhere(func(a, b int) bool { return side[a] != side[b] })
 		s.note(-1, "partition %v", side)
+	case nemMinority:
+		s.isolateMinority(n)
 	case nemOneWay:
 		m := s.rng.IntN(len(s.nodes))
 		s.link(n.i, m).cut = true
@@ -266,6 +269,21 @@ func (s *sim) nemesis() {
 			s.crashAndRestart(n)
 		}
 	}
+}
+
+// isolateMinority cuts off the leader, or n, with a few others: what they append
+// to one another is lost to the majority.
+func (s *sim) isolateMinority(n *simNode) {
+	if l := s.highestLeader(); l != nil {
+		n = l
+	}
+	side := make([]bool, len(s.nodes))
+	side[n.i] = true
+	for k := (s.swarm.voters-1)/2 - 1; k > 0; k-- {
+		side[s.rng.IntN(len(s.nodes))] = true
+	}
+	s.cutWhere(func(a, b int) bool { return side[a] != side[b] })
+	s.note(-1, "minority %v", side)
 }
 
 func (s *sim) someTimeouts(lo, hi float64) time.Duration {

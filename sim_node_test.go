@@ -140,7 +140,7 @@ func (s *sim) end(n *simNode) {
 	}
 	for _, q := range out.reads {
 		d := time.Duration(s.rng.Int64N(int64(2*s.swarm.readMean) + 1))
-		if s.chance(s.swarm.tailP) {
+		if s.chance(s.swarm.readTailP) {
 			d += s.someTimeouts(0.1, 10)
 		}
 		if !s.faulty {

@@ -82,6 +82,8 @@ type simSwarm struct {
 	boundaryP     float64 // a crash is armed at one of the next saves and sends
 	applyMean     time.Duration
 	readMean      time.Duration
+	readTailP     float64 // a read of the log takes up to ten election timeouts
+	tailBytes     int     // the most that nodes hold in memory
 	nemesisEvery  time.Duration
 	nemeses       []int
 	clientEvery   time.Duration
@@ -255,6 +257,8 @@ func (s *sim) drawSwarm() {
 	w.boundaryP = s.sometimes(0.6, 0.05, 1)
 	w.applyMean = time.Duration(t * s.logUniform(0.0005, 0.1))
 	w.readMean = time.Duration(t * s.logUniform(0.0005, 0.1))
+	w.readTailP = s.sometimes(0.5, 0.01, 0.5)
+	w.tailBytes = 65536
 	w.nemesisEvery = time.Duration(t * s.logUniform(0.2, 8))
 	for f := range nemesisCount {
 		if s.chance(0.5) {
@@ -297,6 +301,19 @@ func (s *sim) drawChurn(w *simSwarm) {
 	w.tailP = s.logUniform(0.02, 0.4)
 	w.oldP = s.sometimes(0.8, 0.02, 0.4)
 	w.lagMax = 60
+	if s.chance(0.5) {
+		w.readTailP, w.tailBytes = 0.5, 100
+	}
+	if s.chance(0.4) { // answers outlive several leaderships, of nodes that do not crash
+		w.nodes = s.between(4, 5)
+		w.voters = w.nodes
+		w.nemeses = []int{nemMinority, nemMinority, nemSplit, nemCampaign, nemCampaignMore, nemHealNet}
+		w.boundaryP, w.flushFailP, w.breakP = 0, 0, 0
+		w.nemesisEvery = time.Duration(t * s.logUniform(0.1, 1))
+		w.clientEvery = time.Duration(t * s.logUniform(0.02, 0.2))
+		w.flushMean = time.Duration(t * s.logUniform(0.0005, 0.01))
+		w.oldP = s.logUniform(0.1, 0.5)
+	}
 	w.roundTimeouts = s.between(20, 100)
 }
 
@@ -312,7 +329,7 @@ func (s *sim) drawLimits(uniform bool, base *limits) limits {
 		maxFrameBytes:      int(s.logUniform(64, 8192)),
 		maxInflight:        s.between(2, 12),
 		maxInflightBytes:   int(s.logUniform(64, 65536)),
-		maxTailBytes:       int(s.logUniform(1, 65536)),
+		maxTailBytes:       int(s.logUniform(1, float64(s.swarm.tailBytes))),
 		maxUncommittedSize: int(s.logUniform(1024, 65536)),
 	}
 	l.heartbeatInterval = t / time.Duration(s.between(3, 10))
