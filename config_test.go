@@ -1,7 +1,6 @@
 package raft
 
 import (
-	"log/slog"
 	"net"
 	"strings"
 	"testing"
@@ -11,8 +10,6 @@ import (
 type applyFunc func(Entry) []byte
 
 func (f applyFunc) Apply(e Entry) []byte { return f(e) }
-
-func discardLogger() *slog.Logger { return slog.New(slog.DiscardHandler) }
 
 func goodConfig() Config {
 	return Config{ID: "a", ClusterID: "c", StateMachine: applyFunc(func(Entry) []byte { return nil }), Storage: NewMemoryStorage()}
