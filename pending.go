@@ -5,12 +5,15 @@ import "slices"
 // pending knows who waits for which entry and what each is told. It is pure:
 // the applier and the simulator drive the same one. A proposal waits for the
 // entry (index, term) it became. Once another entry is applied at that index,
-// it can never be (State Machine Safety, §5.4.3): the truthful answer is a
-// rejection.
+// it can never be (State Machine Safety, §5.4.3), and neither can it once an
+// entry of a later term is applied before it, because terms never go back along
+// a log: the truthful answer is a rejection. The second rule matters where
+// nobody proposes any more, so that its index may stay empty for ever.
 type pending struct {
 	groups  []pendingGroup
 	waits   []appliedWait // by ascending index
 	applied Index
+	term    Term  // of entry applied
 	stopped error // nothing is applied any more: what everybody is told
 
 	// While proposals are at the leader their index is not known here, and the
@@ -53,10 +56,21 @@ func (w *pending) add(first EntryID, ps []*Proposal) (settled []*Proposal, _ []c
 			settled = append(settled, p)
 		}
 	}
-	if n < len(ps) {
+	switch {
+	case n == len(ps):
+	case first.Term < w.term:
+		settled = supersede(ps[n:], settled)
+	default:
 		w.groups = append(w.groups, pendingGroup{EntryID{first.Index + Index(n), first.Term}, ps[n:]})
 	}
 	return settled, nil
+}
+
+func supersede(ps []*Proposal, settled []*Proposal) []*Proposal {
+	for _, p := range ps {
+		p.err = ErrSuperseded
+	}
+	return append(settled, ps...)
 }
 
 // lookup settles a proposal whose entry was applied before anybody knew that
@@ -85,7 +99,7 @@ func answer(p *Proposal, e Entries, i int, term Term, results [][]byte) {
 // onApplied settles whoever waits for these entries and returns the proposals
 // and waits to wake. results has one element per entry.
 func (w *pending) onApplied(e Entries, results [][]byte, settled []*Proposal, woken []chan struct{}) ([]*Proposal, []chan struct{}) {
-	w.applied = e.Last()
+	w.applied, w.term = e.Last(), e.term(e.Len()-1)
 	if w.forwards > 0 {
 		w.keep(e, results)
 	}
@@ -97,7 +111,11 @@ func (w *pending) onApplied(e Entries, results [][]byte, settled []*Proposal, wo
 			n++
 		}
 		settled = append(settled, g.proposals[:n]...)
-		if n < len(g.proposals) {
+		switch {
+		case n == len(g.proposals):
+		case g.first.Term < w.term:
+			settled = supersede(g.proposals[n:], settled)
+		default:
 			groups = append(groups, pendingGroup{EntryID{g.first.Index + Index(n), g.first.Term}, g.proposals[n:]})
 		}
 	}

@@ -99,7 +99,7 @@ func newConsensusModule(s Storage, c *core, conf *Config, events *eventLog) *Con
 	}
 	cm.queue.maxBytes = conf.MaxQueueBytes
 	cm.pending.maxKept = conf.MaxQueueBytes
-	cm.pending.applied = c.log.start.Index
+	cm.pending.applied, cm.pending.term = c.log.start.Index, c.log.start.Term
 	cm.leadership.changed = make(chan struct{})
 	cm.changed = make(chan struct{})
 	return cm

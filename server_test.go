@@ -254,6 +254,32 @@ func TestProposeSuperseded(t *testing.T) {
 	})
 }
 
+// A proposal ends even if nobody ever proposes again, so that no entry takes
+// its place: the next leader's first entry says enough.
+func TestProposeSupersededWithoutSuccessor(t *testing.T) {
+	virtual(t, 3, func(t *testing.T, h *Harness) {
+		first, term := h.CheckSingleLeader()
+		h.DisconnectPeer(first)
+		var ps []*Proposal
+		for i := range 5 {
+			ps = append(ps, h.Server(first).Submit(cmd(i)))
+			time.Sleep(time.Microsecond) // they become entries of their own
+		}
+		must(t, h, "another leader", func() bool {
+			_, newTerm := h.CheckSingleLeader()
+			return newTerm > term
+		})
+		h.ReconnectPeer(first)
+		for i, p := range ps {
+			_, err := p.Wait(within(t, 5*time.Second))
+			rejected(t, fmt.Sprintf("command %d", i), err, ErrSuperseded)
+		}
+		for i := range ps {
+			h.CheckNotCommitted(cmd(i))
+		}
+	})
+}
+
 // Whoever waits when a node stops is told, truthfully.
 func TestProposeStopped(t *testing.T) {
 	virtual(t, 3, func(t *testing.T, h *Harness) {
