@@ -110,22 +110,18 @@ func (l *link) run() {
 		case <-l.wakeup:
 			o.out = l.take(o.out)
 			o.send()
-			idle.Reset(linkIdleTimeout)
 		case call := <-l.answers:
 			o.answered(call)
-			idle.Reset(linkIdleTimeout)
 		case <-idle.C:
-			if o.outstanding == 0 {
-				o.disconnect()
-				if l.leave() {
-					return
-				}
+			o.disconnect() // unused, or hung: unanswered calls come back as answers
+			if o.outstanding == 0 && l.leave() {
+				return
 			}
-			idle.Reset(linkIdleTimeout)
 		case <-s.cm.done:
 			o.abandon()
 			return
 		}
+		idle.Reset(o.restFor())
 	}
 }
 
@@ -141,9 +137,19 @@ type linkOwner struct {
 	calls       []*rpc.Call
 }
 
+// restFor is how long the link may go on without anything happening. A peer
+// that owes answers has less time: whoever waits for them must be told, even
+// if nothing more is ever sent there.
+func (o *linkOwner) restFor() time.Duration {
+	if o.outstanding == 0 {
+		return linkIdleTimeout
+	}
+	return max(o.server.linkPatience()-time.Since(o.heard), time.Millisecond)
+}
+
 // send issues what was queued and writes all of it at once.
 func (o *linkOwner) send() {
-	if o.outstanding > 0 && time.Since(o.heard) > o.server.linkPatience() {
+	if o.outstanding > 0 && time.Since(o.heard) >= o.server.linkPatience() {
 		o.disconnect() // it answers nothing: dial anew
 	}
 	issued := false

@@ -1,6 +1,7 @@
 package raft
 
 import (
+	"errors"
 	"testing"
 	"time"
 
@@ -48,4 +49,23 @@ func TestFormingDoesNotWaitForHeartbeats(t *testing.T) {
 			time.Sleep(time.Second) // the others have asked in vain, and wait
 		}
 	}))
+}
+
+// A leader that hangs with a proposal it was forwarded: the follower has nothing
+// more to send it, and still the proposal's wait ends.
+func TestForwardToHungLeader(t *testing.T) {
+	virtual(t, 3, func(t *testing.T, h *Harness) {
+		leader, _ := h.CheckSingleLeader()
+		follower := other(h, leader, 1)
+		if _, err := h.Server(follower).Propose(t.Context(), cmd(0)); err != nil { // the link is up
+			t.Fatal(err)
+		}
+		h.Pause(leader)
+		p := h.Server(follower).Submit(cmd(1))
+		began := time.Now()
+		_, err := p.Wait(within(t, time.Minute))
+		if !errors.Is(err, ErrOutcomeUnknown) || time.Since(began) > time.Second {
+			t.Errorf("after %v: %v; want an unknown outcome within a second", time.Since(began), err)
+		}
+	})
 }
