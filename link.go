@@ -376,8 +376,8 @@ func (s *Server) hangup(to memberID) {
 }
 
 func (s *Server) read(q entryRequest) {
-	if l := s.link(q.to, channelAppend); l != nil {
-		l.push(outgoing{read: &q})
+	if l := s.link(q.to, channelAppend); l == nil || !l.push(outgoing{read: &q}) {
+		s.cm.core.entriesRead(q, nil) // an answer it must have, or nothing is sent there any more
 	}
 }
 
