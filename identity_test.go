@@ -61,7 +61,7 @@ func (h *Harness) settled(t *testing.T, command string) {
 }
 
 // write proposes a command on node i until it is known to be committed: more
-// than once, if a connection broke meanwhile.
+// than once, if a connection broke or leadership moved meanwhile.
 func (h *Harness) write(t *testing.T, i int, command string) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), 2*h.patience)
@@ -71,7 +71,7 @@ func (h *Harness) write(t *testing.T, i int, command string) {
 		if err == nil {
 			return
 		}
-		if !errors.Is(err, ErrOutcomeUnknown) || ctx.Err() != nil {
+		if !errors.Is(err, ErrOutcomeUnknown) && !errors.Is(err, ErrSuperseded) || ctx.Err() != nil {
 			t.Fatalf("propose %q on node %d: %v%s", command, i, err, h.describe())
 		}
 	}
