@@ -1,6 +1,7 @@
 package raft
 
 import (
+	"math/bits"
 	"math/rand/v2"
 	"slices"
 	"strings"
@@ -1008,19 +1009,14 @@ func TestPaper52_SplitVotesAreResolved(t *testing.T) {
 		tc := newTestCluster(t, "a", "b", "c", "d", "e")
 		for _, n := range tc.nodes {
 			n.seed += seed * 100
-			tc.boot(restartedNode(tc, n))
+			tc.crash(n)
+			tc.boot(n)
 		}
 		tc.run(5 * time.Second)
 		if tc.leader() == nil {
 			t.Errorf("seed %d: no leader after five timeouts", seed)
 		}
 	}
-}
-
-// restartedNode crashes n, for it to boot again.
-func restartedNode(tc *testCluster, n *testNode) *testNode {
-	tc.crash(n)
-	return n
 }
 
 // --- §5.3, Log replication ---
@@ -1323,24 +1319,37 @@ func TestPaper542_Figure8(t *testing.T) {
 // §5.4.3, Figure 9: a leader of a later term was elected by at least one
 // server that has any entry committed before, whichever majorities they were.
 func TestPaper543_Figure9(t *testing.T) {
-	for commits := range 32 { // who gets s1's entry, as a set
+	won := 0
+	for having := range 16 { // which of s2 to s5 get s1's entry, as a set
 		for candidate := memberID(2); candidate <= 5; candidate++ {
 			tc := newTestCluster(t, "s1", "s2", "s3", "s4", "s5")
 			s1 := tc.node("s1")
 			tc.elect(s1)
 			for id := memberID(2); id <= 5; id++ {
-				if m := tc.take(tc.between(1, id)[0]); commits>>(id-1)&1 == 1 {
+				if m := tc.take(tc.between(1, id)[0]); having>>(id-2)&1 == 1 {
 					tc.deliver(m)
 				}
 			}
 			tc.settle()
+			majority := bits.OnesCount(uint(having)) >= 2
+			if committed := len(tc.committed) == 2; committed != majority {
+				t.Fatalf("committed %d entries with followers %04b", len(tc.committed), having)
+			}
 			tc.crash(s1)
-			tc.timeout(tc.node(tc.name(candidate)))
-			tc.settle() // a leader without a committed entry would be noticed
+			c := tc.node(tc.name(candidate))
+			tc.timeout(c)
+			tc.settle()
+			if c.core.role != Leader {
+				continue
+			}
+			won++
+			if majority && having>>(candidate-2)&1 == 0 {
+				t.Errorf("s%d leads without the entry that %04b committed", candidate, having)
+			}
 		}
-		if commits&1 == 1 {
-			break // s1 always has it: the sets without its bit are all
-		}
+	}
+	if won < 30 {
+		t.Errorf("%d of 64 candidates won", won)
 	}
 }
 
@@ -1363,7 +1372,7 @@ func TestPaper55_RequestsAreIdempotent(t *testing.T) {
 		}
 	}
 	tc.settle()
-	appended := &testMessage{from: 1, to: 2, req: message{to: 2, append: appendFromMember1(a, 2)}}
+	appended := &testMessage{from: 1, to: 2, req: message{to: 2, append: appendOf(a, 2)}}
 	for range 2 {
 		tc.crash(b)
 		tc.boot(b)
@@ -1378,9 +1387,8 @@ func TestPaper55_RequestsAreIdempotent(t *testing.T) {
 	}
 }
 
-// appendFromMember1 is the append with which leader a filled its follower's log
-// from entry 2 to last.
-func appendFromMember1(a *testNode, last Index) *appendArgs {
+// appendOf is leader a's append of entries 2 to last.
+func appendOf(a *testNode, last Index) *appendArgs {
 	e, _ := a.core.log.from(2, last, 1<<20)
 	return &appendArgs{Term: a.core.currentTerm, Leader: 1, Seq: 1, Prev: EntryID{1, 0}, Entries: e}
 }
@@ -1456,24 +1464,33 @@ func TestPaper56_MajorityIsEnough(t *testing.T) {
 // --- §8, Client interaction ---
 // Sessions (serial numbers) and reads come with ReadIndex and sessions.
 
-// A server that does not lead refuses and names the most recent leader it has
-// heard from; a leader that stepped down names nobody.
+// A server that does not lead names the most recent leader it has heard from,
+// for clients to be sent there. Of a new term's leader it knows nothing at first.
 func TestPaper8_RedirectToLeader(t *testing.T) {
 	tc := newTestCluster(t, "a", "b", "c")
-	a, b := tc.node("a"), tc.node("b")
-	if b.core.leader != 0 {
-		t.Errorf("at first the leader is %d", b.core.leader)
+	a, b, c := tc.node("a"), tc.node("b"), tc.node("c")
+	knows := func(when string, n *testNode, leader, forwardTo memberID) {
+		t.Helper()
+		if n.core.leader != leader || n.core.forwardTo != forwardTo {
+			t.Errorf("%s: %s takes %d for the leader and forwards to %d, want %d and %d", when, n.name, n.core.leader, n.core.forwardTo, leader, forwardTo)
+		}
 	}
+	knows("at first", b, 0, 0)
 	tc.elect(a)
+	knows("after its vote", b, 0, 0)
+	knows("elected", a, 1, 0)
 	tc.settle()
-	if b.core.leader != a.id {
-		t.Errorf("the leader is %d", b.core.leader)
-	}
-	tc.elect(tc.node("c"))
+	knows("after an append", b, 1, 1)
+	b.core.notLeading(1) // it could not be reached
+	knows("after a failure", b, 1, 0)
+	tc.step(a, (*core).heartbeat)
 	tc.settle()
-	if b.core.leader != 3 || a.core.leader != 3 {
-		t.Errorf("the leader is %d for b and %d for the former leader, want 3", b.core.leader, a.core.leader)
-	}
+	knows("after a heartbeat", b, 1, 1)
+	tc.elect(c)
+	knows("in a new term", b, 0, 0)
+	tc.settle()
+	knows("after the new leader's append", b, 3, 3)
+	knows("after the new leader's append", a, 3, 3)
 }
 
 // A leader commits a blank no-op at the start of its term: only then does it
