@@ -5,6 +5,7 @@ import (
 	"context"
 	"encoding/binary"
 	"errors"
+	"hash/crc32"
 	"io/fs"
 	"maps"
 	"math/rand/v2"
@@ -18,6 +19,7 @@ import (
 	"testing"
 	"time"
 
+	"example.com/raft/internal/vfs"
 	"github.com/fortytw2/leaktest"
 )
 
@@ -79,21 +81,38 @@ func flip(at int) func([]byte) []byte {
 	}
 }
 
-// Damage that only the log itself can show: refused with the file, what was
-// found and what to do; nothing changes. See TestForeignDirectoriesAreRefused.
+// usedSegment returns the file of a log that has batches in it.
+func usedSegment(t *testing.T, dir string) string {
+	t.Helper()
+	names, err := filepath.Glob(filepath.Join(dir, "wal", "*"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range names {
+		if b, _ := os.ReadFile(name); len(b) > 8192 && binary.LittleEndian.Uint64(b[4096:]) != 0 {
+			return name
+		}
+	}
+	t.Fatal("no segment")
+	return ""
+}
+
+// newerSegment makes a segment's header one of a later format, checksum included.
+func newerSegment(b []byte) []byte {
+	binary.LittleEndian.PutUint32(b[12:], 99)
+	binary.LittleEndian.PutUint32(b[8:], crc32.Checksum(b[12:4096], castagnoli))
+	return b
+}
+
+// A directory that is not this node's, or is damaged, is refused with the file,
+// what was found and what to do; not a byte changes. More than 70 lines: a
+// table of cases.
 func TestDirectoryRefused(t *testing.T) {
-	segment := func(dir string) string {
-		names, err := filepath.Glob(filepath.Join(dir, "wal", "*"))
-		if err != nil {
-			t.Fatal(err)
-		}
-		for _, name := range names { // the one with batches in it
-			if b, _ := os.ReadFile(name); len(b) > 8192 && binary.LittleEndian.Uint64(b[4096:]) != 0 {
-				return name
-			}
-		}
-		t.Fatal("no segment")
-		return ""
+	identity := func(f func(b []byte) []byte) func(*testing.T, *Config) {
+		return func(t *testing.T, c *Config) { edit(t, filepath.Join(c.Dir, "identity"), f) }
+	}
+	segment := func(f func(b []byte) []byte) func(*testing.T, *Config) {
+		return func(t *testing.T, c *Config) { edit(t, usedSegment(t, c.Dir), f) }
 	}
 	corrupt := func(err error) bool { var e *CorruptError; return errors.As(err, &e) && e.Do != "" }
 	foreign := func(err error) bool { var e *IdentityError; return errors.As(err, &e) && e.Do != "" }
@@ -103,9 +122,13 @@ func TestDirectoryRefused(t *testing.T) {
 		is      func(error) bool
 		text    string
 	}{
-		{"empty identity", func(t *testing.T, c *Config) {
-			edit(t, filepath.Join(c.Dir, "identity"), func([]byte) []byte { return nil })
-		}, corrupt, "identity"},
+		{"another node", func(t *testing.T, c *Config) { c.ID = "b" }, foreign, `found node "a" of cluster "one", want node "b"`},
+		{"another cluster", func(t *testing.T, c *Config) { c.ClusterID = "two" }, foreign, `want node "a" of cluster "two"`},
+		{"newer identity", identity(func(b []byte) []byte { b[4] = 9; return b }), foreign, "version 9"},
+		{"damaged identity", identity(flip(20)), corrupt, "checksum"},
+		{"foreign identity", identity(flip(0)), corrupt, "identity"},
+		{"shortened identity", identity(func(b []byte) []byte { return b[:len(b)-1] }), corrupt, "identity"},
+		{"empty identity", identity(func([]byte) []byte { return nil }), corrupt, "identity"},
 		{"a log without identity", func(t *testing.T, c *Config) {
 			if err := os.Remove(filepath.Join(c.Dir, "identity")); err != nil {
 				t.Fatal(err)
@@ -118,10 +141,25 @@ func TestDirectoryRefused(t *testing.T) {
 				t.Fatal(err)
 			}
 		}, foreign, "directory"},
-		{"damaged first batch", func(t *testing.T, c *Config) { edit(t, segment(c.Dir), flip(4096+70)) }, corrupt, ""},
-		{"truncated log", func(t *testing.T, c *Config) {
-			edit(t, segment(c.Dir), func(b []byte) []byte { return b[:5000] })
-		}, corrupt, ""},
+		{"newer log", segment(newerSegment), foreign, "version 99"},
+		{"damaged segment header", segment(flip(20)), corrupt, "header"},
+		{"damaged first batch", segment(flip(4096 + 70)), corrupt, "offset 4096"},
+		{"truncated log", segment(func(b []byte) []byte { return b[:5000] }), corrupt, ".wal"},
+		{"a damaged copy, adopted", func(t *testing.T, c *Config) {
+			dir := filepath.Join(t.TempDir(), "copy")
+			if err := os.CopyFS(dir, os.DirFS(c.Dir)); err != nil {
+				t.Fatal(err)
+			}
+			c.Dir, c.AdoptDir = dir, true
+			edit(t, usedSegment(t, dir), flip(4096+70))
+		}, corrupt, "offset 4096"},
+		{"in use", func(t *testing.T, c *Config) {
+			l, err := vfs.OS().Lock(filepath.Join(c.Dir, "lock"))
+			if err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(func() { l.Close() })
+		}, func(err error) bool { return errors.Is(err, vfs.ErrLocked) }, "in use by another node"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			defer leaktest.CheckTimeout(t, 100*time.Millisecond)()
