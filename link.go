@@ -207,8 +207,8 @@ func (o *linkOwner) connect() bool {
 	return true
 }
 
-// disconnect closes the connection and joins net/rpc's goroutine. Calls that
-// were not answered are in o.answers by then, with an error.
+// disconnect closes the connection, joins net/rpc's goroutine and takes the
+// answers to all its calls: none must be left that ends the next connection.
 func (o *linkOwner) disconnect() {
 	if o.client == nil {
 		return
@@ -217,6 +217,9 @@ func (o *linkOwner) disconnect() {
 	o.client.Close()
 	o.server.forget(o.conn)
 	o.client, o.conn = nil, nil
+	for o.outstanding > 0 { // those not answered are in there with an error
+		o.answered(<-o.answers)
+	}
 }
 
 // abandon settles what is left when the node stops: forwarded proposals
@@ -224,9 +227,6 @@ func (o *linkOwner) disconnect() {
 // queued any more: the module takes no proposals once it is dead.
 func (o *linkOwner) abandon() {
 	o.disconnect()
-	for o.outstanding > 0 {
-		o.answered(<-o.answers)
-	}
 	o.out = o.take(o.out)
 	for _, out := range o.out {
 		for _, p := range out.batch.proposals {
