@@ -152,6 +152,9 @@ func (o *linkOwner) send() {
 	if o.outstanding > 0 && time.Since(o.heard) >= o.server.linkPatience() {
 		o.disconnect() // it answers nothing: dial anew
 	}
+	if o.client != nil && o.client.Err() != nil {
+		o.disconnect() // it ended while it was idle: nothing must be lost in it
+	}
 	issued := false
 	for i := range o.out {
 		out := o.out[i]

@@ -86,6 +86,22 @@ func TestSilentConnectionIsRedialledOnce(t *testing.T) {
 	}))
 }
 
+// A connection that ended while nothing was under way costs no proposal its
+// answer: it is dialled anew before anything is sent.
+func TestForwardAfterConnectionEnded(t *testing.T) {
+	virtual(t, 3, func(t *testing.T, h *Harness) {
+		leader, _ := h.CheckSingleLeader()
+		follower := other(h, leader, 1)
+		for i := range 20 {
+			if _, err := h.Server(follower).Propose(within(t, time.Second), cmd(i)); err != nil {
+				t.Fatalf("proposal %d: %v", i, err)
+			}
+			memNetwork(h).Break(harnessHost(leader), harnessHost(follower))
+			time.Sleep(time.Millisecond)
+		}
+	})
+}
+
 // A founder that hears of the decision from another one acts on it at once,
 // however rare heartbeats are. (All of it in virtual time.)
 func TestFormingDoesNotWaitForHeartbeats(t *testing.T) {
