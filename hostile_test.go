@@ -5,6 +5,7 @@ import (
 	"context"
 	"encoding/binary"
 	"errors"
+	"fmt"
 	"hash/crc32"
 	"io/fs"
 	"maps"
@@ -15,6 +16,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -291,30 +293,47 @@ func TestHostileCrowd(t *testing.T) {
 		leader, term := h.CheckSingleLeader()
 		submit(t, h, leader, 0)
 		committedOn(h, 3, 0)
+		if _, err := h.Server(other(h, leader, 1)).Propose(t.Context(), cmd(99)); err != nil { // by a link of its own
+			t.Fatal(err)
+		}
 		goroutines := len(ownGoroutines())
 		var crowd []net.Conn
-		for range 2000 {
-			conn, err := memNetwork(h).Dialer("stranger")(within(t, time.Second), "tcp", harnessAddr(leader))
-			if err != nil {
-				t.Fatal(err)
+		grow := func(n int) {
+			for range n {
+				conn, err := memNetwork(h).Dialer("stranger")(within(t, time.Second), "tcp", harnessAddr(leader))
+				if err != nil {
+					t.Fatal(err)
+				}
+				crowd = append(crowd, conn)
 			}
-			crowd = append(crowd, conn)
+			time.Sleep(time.Millisecond)
 		}
-		time.Sleep(time.Millisecond)
+		grow(2000)
 		if n := len(ownGoroutines()) - goroutines; n > maxConnections {
 			t.Errorf("%d more goroutines for 2000 connections", n)
 		}
+		greeting := encodeGreeting(greetHello, make([]byte, 100))
 		for i := range 12 {
 			for _, conn := range crowd {
-				conn.Write([]byte{'r'})
+				conn.Write(greeting[i : i+1])
 			}
 			submit(t, h, leader, i+1)
 			committedOn(h, 3, i+1)
+			// A peer that must connect anew gets in, though strangers came first.
+			follower := other(h, leader, 1)
+			memNetwork(h).Break(harnessHost(leader), harnessHost(follower))
+			time.Sleep(time.Millisecond)
+			grow(300)
+			if _, err := h.Server(follower).Propose(within(t, 200*time.Millisecond), cmd(100+i)); err != nil {
+				t.Errorf("a follower can't reach the leader behind the crowd: %v", err)
+			}
 			time.Sleep(500 * time.Millisecond)
 		}
+		time.Sleep(handshakeTimeout)
 		for _, conn := range crowd {
 			hungUp(t, conn, time.Millisecond)
 		}
+		time.Sleep(time.Millisecond)
 		if l, again := h.CheckSingleLeader(); l != leader || again != term {
 			t.Errorf("leader %d of term %d, before %d of %d", l, again, leader, term)
 		}
@@ -325,13 +344,21 @@ func TestHostileCrowd(t *testing.T) {
 }
 
 // impostor opens a connection to node `to` that has passed the handshake as
-// node `as`.
-func impostor(t *testing.T, h *Harness, as, to int, ch channel) net.Conn {
+// node `as`: a member, or one that was invented.
+func impostor(t *testing.T, h *Harness, as string, to int, ch channel) net.Conn {
 	t.Helper()
-	s := h.Server(as)
+	s := h.Server(0)
+	for i := range h.n {
+		if string(h.Server(i).conf.ID) == as {
+			s = h.Server(i)
+		}
+	}
 	s.cm.mu.Lock()
 	me := s.me()
 	s.cm.unlock()
+	if string(me.Node) != as {
+		me.Node, me.DirectoryID = NodeID(as), dirOf(0xee)
+	}
 	conn, err := memNetwork(h).Dialer("impostor")(t.Context(), "tcp", harnessAddr(to))
 	if err != nil {
 		t.Fatal(err)
@@ -340,6 +367,65 @@ func impostor(t *testing.T, h *Harness, as, to int, ch channel) net.Conn {
 		t.Fatal(err)
 	}
 	return conn
+}
+
+// Whoever knows the cluster's name may invent any number of nodes. What is kept
+// of them is bounded, and a connection on which nothing comes is ended.
+func TestHostileNames(t *testing.T) {
+	virtual(t, 3, func(t *testing.T, h *Harness) {
+		leader, _ := h.CheckSingleLeader()
+		victim := h.Server(leader)
+		served := func() int {
+			victim.mu.Lock()
+			defer victim.mu.Unlock()
+			return len(victim.served)
+		}
+		before := served()
+		for i := range 2 * maxConnections {
+			conn := impostor(t, h, fmt.Sprintf("stranger\n%d", i), leader, channelControl)
+			if i%2 == 0 {
+				conn.Close()
+			} else {
+				defer conn.Close()
+			}
+			if i%maxConnections == 0 {
+				began := time.Now()
+				hungUp(t, impostor(t, h, "silent", leader, channelAppend), inboundIdleTimeout+time.Second)
+				if took := time.Since(began); took < inboundIdleTimeout/2 {
+					t.Errorf("hung up after %v", took)
+				}
+			}
+		}
+		time.Sleep(inboundIdleTimeout + time.Second)
+		if n := served(); n > before+2 {
+			t.Errorf("%d served connections are kept, %d before", n, before)
+		}
+		submit(t, h, leader, 1)
+		committedOn(h, 3, 1)
+	})
+}
+
+// A name that a stranger chose can't begin a new line in a log.
+func TestHostileNameInLog(t *testing.T) {
+	virtual(t, 3, func(t *testing.T, h *Harness) {
+		leader, _ := h.CheckSingleLeader()
+		conn := impostor(t, h, "evil\n12:00:00 [0] becomes Leader", leader, channelControl)
+		conn.Write([]byte(strings.Repeat("hello ", 100)))
+		hungUp(t, conn, time.Second)
+		time.Sleep(time.Millisecond) // it is reported after that
+		ctx, cancel := context.WithCancel(t.Context())
+		cancel()
+		reported := false
+		for e := range h.Server(leader).Events(ctx) {
+			reported = reported || strings.Contains(e.String(), "evil")
+			if strings.Contains(e.String(), "\n") {
+				t.Errorf("an event has two lines: %q", e)
+			}
+		}
+		if !reported {
+			t.Error("the connection was not reported; the test has no force")
+		}
+	})
 }
 
 // Bad frames after a good handshake: the connection ends, no memory is taken
@@ -373,7 +459,7 @@ func TestHostileFrames(t *testing.T) {
 				var before, after runtime.MemStats
 				runtime.ReadMemStats(&before)
 				for range 5 {
-					conn := impostor(t, h, leader, victim, test.ch)
+					conn := impostor(t, h, strconv.Itoa(leader), victim, test.ch)
 					conn.Write(test.b)
 					hungUp(t, conn, time.Second)
 				}
@@ -399,7 +485,7 @@ func TestHostileSender(t *testing.T) {
 	virtual(t, 3, func(t *testing.T, h *Harness) {
 		leader, term := h.CheckSingleLeader()
 		victim, third := other(h, leader, 1), other(h, leader, 2)
-		conn := impostor(t, h, third, victim, channelControl)
+		conn := impostor(t, h, strconv.Itoa(third), victim, channelControl)
 		client := newRPCClient(newClientCodec(conn, maxWireVersion, h.Server(third).codecLimits(channelControl)))
 		defer client.Close()
 		done := make(chan *rpc.Call, 1)

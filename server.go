@@ -35,8 +35,8 @@ type Server struct {
 	formation *formation       // while forming
 	boots     bootMemory       // of peers
 
-	mu     sync.Mutex // the innermost lock
-	conns  map[net.Conn]struct{}
+	mu     sync.Mutex        // the innermost lock
+	conns  map[net.Conn]bool // true: it has said who it is, or was dialled
 	served map[servedKey]*servedConn
 	logged map[string]bool // complaints already reported
 	closed bool
@@ -62,7 +62,7 @@ func Start(ctx context.Context, c Config) (*Server, error) {
 		links:    map[linkKey]*link{},
 		forwards: map[memberID]int{},
 		boots:    bootMemory{},
-		conns:    map[net.Conn]struct{}{},
+		conns:    map[net.Conn]bool{},
 		served:   map[servedKey]*servedConn{},
 		formWake: make(chan struct{}, 1),
 		logged:   map[string]bool{},
@@ -354,6 +354,7 @@ func (s *Server) report(peer NodeID, what string, err error) {
 	if s.ctx.Err() != nil {
 		return
 	}
+	peer = NodeID(printable(string(peer))) // strangers choose it
 	key := string(peer) + "\x00" + what + "\x00" + reason(err)
 	s.mu.Lock()
 	known := s.logged[key] || len(s.logged) >= maxComplaints
