@@ -534,6 +534,54 @@ func TestHungPeer(t *testing.T) {
 	})
 }
 
+// Nobody writes, and a peer hangs for an hour: its connections are given up and
+// dialled anew all the time, and nothing grows.
+func TestHungPeerForAnHour(t *testing.T) {
+	virtual(t, 3, func(t *testing.T, h *Harness) {
+		leader, term := h.CheckSingleLeader()
+		hung := other(h, leader, 1)
+		submit(t, h, leader, 0)
+		committedOn(h, 3, 0)
+		h.Pause(hung)
+		time.Sleep(5 * time.Second) // dials and handshakes that are given up have reached their number
+		first := costOfHanging(h)
+		time.Sleep(time.Hour)
+		last := costOfHanging(h)
+		t.Logf("ends of connections, goroutines, events of the hung peer: %v at first, %v after an hour", first, last)
+		if last.ends > first.ends+2 || last.goroutines > first.goroutines+2 || last.reports > first.reports {
+			t.Errorf("from %v to %v", first, last)
+		}
+		h.Resume(hung)
+		submit(t, h, leader, 1)
+		committedOn(h, 3, 1)
+		if l, again := h.CheckSingleLeader(); l != leader || again != term {
+			t.Errorf("leader %d of term %d, before %d of %d", l, again, leader, term)
+		}
+	}, configured(func(c *Config) { c.HeartbeatInterval, c.ElectionTimeout = 300*time.Millisecond, time.Second }))
+}
+
+// hungCost is what a peer that hangs costs the others.
+type hungCost struct{ ends, goroutines, reports int }
+
+// costOfHanging returns the most that it costs within 10 seconds, in virtual time.
+func costOfHanging(h *Harness) (most hungCost) {
+	for range 50 {
+		time.Sleep(207 * time.Millisecond) // not in step with what it looks at
+		now := hungCost{ends: memNetwork(h).Open(), goroutines: len(ownGoroutines())}
+		for i := range h.n {
+			for j := range h.n {
+				now.reports += complaints(h.Server(i), h.Server(j).conf.ID)
+			}
+		}
+		most = most.max(now)
+	}
+	return most
+}
+
+func (c hungCost) max(o hungCost) hungCost {
+	return hungCost{max(c.ends, o.ends), max(c.goroutines, o.goroutines), max(c.reports, o.reports)}
+}
+
 // Peers that are not there are dialled again and again, and nothing grows.
 func TestDeadPeers(t *testing.T) {
 	virtual(t, 3, func(t *testing.T, h *Harness) {

@@ -6,6 +6,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"io"
 	"iter"
 	"net"
 	"sync"
@@ -166,7 +167,7 @@ func (s *Server) Propose(ctx context.Context, cmd []byte) (Result, error) {
 		return p.result, p.err
 	case <-ctx.Done():
 	}
-	if p.abandon() {
+	if !isClosed(p.done) && p.abandon() {
 		return Result{}, fmt.Errorf("%w: %w", ErrNoLeader, ctx.Err())
 	}
 	return p.Wait(ctx)
@@ -381,8 +382,14 @@ func reason(err error) string {
 	if errors.As(err, &op) {
 		return op.Op
 	}
-	if errors.Is(err, errFrame) {
+	var n net.Error
+	switch {
+	case errors.Is(err, errFrame):
 		return "frame"
+	case errors.As(err, &n) && n.Timeout():
+		return "timeout"
+	case errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF):
+		return "hung up"
 	}
 	return fmt.Sprintf("%T", err)
 }
