@@ -16,7 +16,6 @@ import (
 	"path/filepath"
 	"runtime"
 	"slices"
-	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -344,21 +343,29 @@ func TestHostileCrowd(t *testing.T) {
 }
 
 // impostor opens a connection to node `to` that has passed the handshake as
-// node `as`: a member, or one that was invented.
-func impostor(t *testing.T, h *Harness, as string, to int, ch channel) net.Conn {
+// node `as`.
+func impostor(t *testing.T, h *Harness, as, to int, ch channel) net.Conn {
 	t.Helper()
-	s := h.Server(0)
-	for i := range h.n {
-		if string(h.Server(i).conf.ID) == as {
-			s = h.Server(i)
-		}
-	}
+	s := h.Server(as)
 	s.cm.mu.Lock()
 	me := s.me()
 	s.cm.unlock()
-	if string(me.Node) != as {
-		me.Node, me.DirectoryID = NodeID(as), dirOf(0xee)
-	}
+	return introduced(t, h, me, to, ch)
+}
+
+// invented is impostor for a node that there is not.
+func invented(t *testing.T, h *Harness, name NodeID, to int, ch channel) net.Conn {
+	t.Helper()
+	s := h.Server(to)
+	s.cm.mu.Lock()
+	me := s.me()
+	s.cm.unlock()
+	me.Node, me.DirectoryID = name, dirOf(0xee)
+	return introduced(t, h, me, to, ch)
+}
+
+func introduced(t *testing.T, h *Harness, me identity, to int, ch channel) net.Conn {
+	t.Helper()
 	conn, err := memNetwork(h).Dialer("impostor")(t.Context(), "tcp", harnessAddr(to))
 	if err != nil {
 		t.Fatal(err)
@@ -382,7 +389,7 @@ func TestHostileNames(t *testing.T) {
 		}
 		before := served()
 		for i := range 2 * maxConnections {
-			conn := impostor(t, h, fmt.Sprintf("stranger\n%d", i), leader, channelControl)
+			conn := invented(t, h, NodeID(fmt.Sprintf("stranger\n%d", i)), leader, channelControl)
 			if i%2 == 0 {
 				conn.Close()
 			} else {
@@ -390,7 +397,7 @@ func TestHostileNames(t *testing.T) {
 			}
 			if i%maxConnections == 0 {
 				began := time.Now()
-				hungUp(t, impostor(t, h, "silent", leader, channelAppend), inboundIdleTimeout+time.Second)
+				hungUp(t, invented(t, h, "silent", leader, channelAppend), inboundIdleTimeout+time.Second)
 				if took := time.Since(began); took < inboundIdleTimeout/2 {
 					t.Errorf("hung up after %v", took)
 				}
@@ -409,7 +416,7 @@ func TestHostileNames(t *testing.T) {
 func TestHostileNameInLog(t *testing.T) {
 	virtual(t, 3, func(t *testing.T, h *Harness) {
 		leader, _ := h.CheckSingleLeader()
-		conn := impostor(t, h, "evil\n12:00:00 [0] becomes Leader", leader, channelControl)
+		conn := invented(t, h, "evil\n12:00:00 [0] becomes Leader", leader, channelControl)
 		conn.Write([]byte(strings.Repeat("hello ", 100)))
 		hungUp(t, conn, time.Second)
 		time.Sleep(time.Millisecond) // it is reported after that
@@ -459,7 +466,7 @@ func TestHostileFrames(t *testing.T) {
 				var before, after runtime.MemStats
 				runtime.ReadMemStats(&before)
 				for range 5 {
-					conn := impostor(t, h, strconv.Itoa(leader), victim, test.ch)
+					conn := impostor(t, h, leader, victim, test.ch)
 					conn.Write(test.b)
 					hungUp(t, conn, time.Second)
 				}
@@ -485,7 +492,7 @@ func TestHostileSender(t *testing.T) {
 	virtual(t, 3, func(t *testing.T, h *Harness) {
 		leader, term := h.CheckSingleLeader()
 		victim, third := other(h, leader, 1), other(h, leader, 2)
-		conn := impostor(t, h, strconv.Itoa(third), victim, channelControl)
+		conn := impostor(t, h, third, victim, channelControl)
 		client := newRPCClient(newClientCodec(conn, maxWireVersion, h.Server(third).codecLimits(channelControl)))
 		defer client.Close()
 		done := make(chan *rpc.Call, 1)
