@@ -606,3 +606,36 @@ func openDescriptors(t *testing.T) int {
 	}
 	return len(names) - 1 // without d
 }
+
+// The error of Close names what runs, and nothing that does not.
+func TestStillRunningErrorNames(t *testing.T) {
+	for _, test := range []struct {
+		err         StillRunningError
+		apply, sync bool
+	}{
+		{StillRunningError{Apply: 7}, true, false},
+		{StillRunningError{Flush: true}, false, true},
+		{StillRunningError{Apply: 7, Flush: true}, true, true},
+		{StillRunningError{}, false, false},
+	} {
+		text := test.err.Error()
+		if strings.Contains(text, "Apply of entry 7") != test.apply || strings.Contains(text, "a write") != test.sync || !strings.Contains(text, "call Close again") {
+			t.Errorf("%+v: %s", test.err, text)
+		}
+	}
+}
+
+// Complaints about a peer that differ in their reason are all made, once each.
+func TestComplaintsByReason(t *testing.T) {
+	virtual(t, 1, func(t *testing.T, h *Harness) {
+		wrap := func(err error) error { return fmt.Errorf("raft: handshake: %w", err) }
+		for range 3 {
+			for _, err := range []error{wrap(io.EOF), wrap(os.ErrDeadlineExceeded), frameErrorf("bad"), &HandshakeError{Reason: HandshakeMalformed}} {
+				h.Server(0).report("peer", "accepting", err)
+			}
+		}
+		if n := complaints(h.Server(0), "peer"); n != 4 {
+			t.Errorf("%d complaints, want one for each of 4 reasons", n)
+		}
+	})
+}

@@ -32,6 +32,7 @@ type diskStorage struct {
 	fs        vfs.FS
 	dir       string
 	adopt     bool // take over a directory that was copied
+	copied    bool // it was copied, and is being taken over
 	tailBytes int  // of entries given to the core at Open
 	options   wal.Options
 	salt      func(b []byte) // random bytes for the directory ID
@@ -97,7 +98,13 @@ func (d *diskStorage) Open(ctx context.Context, id Identity) (rec Recovered, err
 		d.log.Close()
 		return rec, &CorruptError{File: d.options.Dir, Found: fmt.Sprintf("a log whose oldest entry is %d, without a record of where it starts", l.start.Index+1), Do: doRestore}
 	}
-	if err := d.countBoot(&rec); err != nil {
+	if d.copied {
+		err = d.writeIdentity(d.identityFile(), rec.DirectoryID, id)
+	}
+	if err == nil {
+		err = d.countBoot(&rec)
+	}
+	if err != nil {
 		d.log.Close()
 		return rec, err
 	}
@@ -357,11 +364,13 @@ const (
 	identityVersion = 1
 )
 
+func (d *diskStorage) identityFile() string { return filepath.Join(d.dir, "identity") }
+
 // openIdentity reads the identity file, or makes one in an empty directory. It
 // is written under another name, synced and renamed, so that a directory
 // exists once its identity does.
 func (d *diskStorage) openIdentity(id Identity) (dirID [16]byte, err error) {
-	name := filepath.Join(d.dir, "identity")
+	name := d.identityFile()
 	f, err := d.fs.Open(name)
 	if errors.Is(err, fs.ErrNotExist) {
 		return d.makeIdentity(name, id)
@@ -405,7 +414,8 @@ func (d *diskStorage) openIdentity(id Identity) (dirID [16]byte, err error) {
 		return dirID, nil
 	}
 	if d.adopt {
-		return dirID, d.writeIdentity(name, dirID, id)
+		d.copied = true // the file is written once the log has been accepted too
+		return dirID, nil
 	}
 	return dirID, &IdentityError{name, fmt.Sprintf("a copy (inode %d)", info.Inode), fmt.Sprintf("the original (inode %d)", inode),
 		"two nodes with one identity would vote twice: start the original, or, if it never will run again, set Config.AdoptDir for one start; nothing was changed"}

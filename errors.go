@@ -51,8 +51,10 @@ func (e *StillRunningError) Error() string {
 		return fmt.Sprintf("raft: closed, but Apply of entry %d and a write of the log have not returned; call Close again to wait", e.Apply)
 	case e.Apply != 0:
 		return fmt.Sprintf("raft: closed, but Apply of entry %d has not returned; call Close again to wait", e.Apply)
+	case e.Flush:
+		return "raft: closed, but a write or fsync of the log has not returned; call Close again to wait"
 	}
-	return "raft: closed, but a write or fsync of the log has not returned; call Close again to wait"
+	return "raft: closed, but a read of the log, a dial of Config.DialContext or a call of Config.Logger has not returned; call Close again to wait"
 }
 
 // ApplyError is why a node that still replicates and votes applies nothing any

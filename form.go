@@ -155,6 +155,7 @@ func (s *Server) codecLimits(ch channel) codecLimits {
 		readBuffer:   64 << 10,
 		writeTimeout: max(s.conf.ElectionTimeout, time.Second),
 		frameTimeout: 30 * time.Second,
+		idleTimeout:  inboundIdleTimeout,
 	}
 	if ch == channelControl {
 		l.readBuffer = 4 << 10

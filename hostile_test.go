@@ -5,6 +5,8 @@ import (
 	"context"
 	"encoding/binary"
 	"errors"
+	"fmt"
+	"hash/crc32"
 	"io/fs"
 	"maps"
 	"math/rand/v2"
@@ -18,6 +20,7 @@ import (
 	"testing"
 	"time"
 
+	"example.com/raft/internal/vfs"
 	"github.com/fortytw2/leaktest"
 )
 
@@ -79,21 +82,38 @@ func flip(at int) func([]byte) []byte {
 	}
 }
 
-// Damage that only the log itself can show: refused with the file, what was
-// found and what to do; nothing changes. See TestForeignDirectoriesAreRefused.
+// usedSegment returns the file of a log that has batches in it.
+func usedSegment(t *testing.T, dir string) string {
+	t.Helper()
+	names, err := filepath.Glob(filepath.Join(dir, "wal", "*"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range names {
+		if b, _ := os.ReadFile(name); len(b) > 8192 && binary.LittleEndian.Uint64(b[4096:]) != 0 {
+			return name
+		}
+	}
+	t.Fatal("no segment")
+	return ""
+}
+
+// newerSegment makes a segment's header one of a later format, checksum included.
+func newerSegment(b []byte) []byte {
+	binary.LittleEndian.PutUint32(b[12:], 99)
+	binary.LittleEndian.PutUint32(b[8:], crc32.Checksum(b[12:4096], castagnoli))
+	return b
+}
+
+// A directory that is not this node's, or is damaged, is refused with the file,
+// what was found and what to do; not a byte changes. More than 70 lines: a
+// table of cases.
 func TestDirectoryRefused(t *testing.T) {
-	segment := func(dir string) string {
-		names, err := filepath.Glob(filepath.Join(dir, "wal", "*"))
-		if err != nil {
-			t.Fatal(err)
-		}
-		for _, name := range names { // the one with batches in it
-			if b, _ := os.ReadFile(name); len(b) > 8192 && binary.LittleEndian.Uint64(b[4096:]) != 0 {
-				return name
-			}
-		}
-		t.Fatal("no segment")
-		return ""
+	identity := func(f func(b []byte) []byte) func(*testing.T, *Config) {
+		return func(t *testing.T, c *Config) { edit(t, filepath.Join(c.Dir, "identity"), f) }
+	}
+	segment := func(f func(b []byte) []byte) func(*testing.T, *Config) {
+		return func(t *testing.T, c *Config) { edit(t, usedSegment(t, c.Dir), f) }
 	}
 	corrupt := func(err error) bool { var e *CorruptError; return errors.As(err, &e) && e.Do != "" }
 	foreign := func(err error) bool { var e *IdentityError; return errors.As(err, &e) && e.Do != "" }
@@ -103,9 +123,13 @@ func TestDirectoryRefused(t *testing.T) {
 		is      func(error) bool
 		text    string
 	}{
-		{"empty identity", func(t *testing.T, c *Config) {
-			edit(t, filepath.Join(c.Dir, "identity"), func([]byte) []byte { return nil })
-		}, corrupt, "identity"},
+		{"another node", func(t *testing.T, c *Config) { c.ID = "b" }, foreign, `found node "a" of cluster "one", want node "b"`},
+		{"another cluster", func(t *testing.T, c *Config) { c.ClusterID = "two" }, foreign, `want node "a" of cluster "two"`},
+		{"newer identity", identity(func(b []byte) []byte { b[4] = 9; return b }), foreign, "version 9"},
+		{"damaged identity", identity(flip(20)), corrupt, "checksum"},
+		{"foreign identity", identity(flip(0)), corrupt, "identity"},
+		{"shortened identity", identity(func(b []byte) []byte { return b[:len(b)-1] }), corrupt, "identity"},
+		{"empty identity", identity(func([]byte) []byte { return nil }), corrupt, "identity"},
 		{"a log without identity", func(t *testing.T, c *Config) {
 			if err := os.Remove(filepath.Join(c.Dir, "identity")); err != nil {
 				t.Fatal(err)
@@ -118,10 +142,25 @@ func TestDirectoryRefused(t *testing.T) {
 				t.Fatal(err)
 			}
 		}, foreign, "directory"},
-		{"damaged first batch", func(t *testing.T, c *Config) { edit(t, segment(c.Dir), flip(4096+70)) }, corrupt, ""},
-		{"truncated log", func(t *testing.T, c *Config) {
-			edit(t, segment(c.Dir), func(b []byte) []byte { return b[:5000] })
-		}, corrupt, ""},
+		{"newer log", segment(newerSegment), foreign, "version 99"},
+		{"damaged segment header", segment(flip(20)), corrupt, "header"},
+		{"damaged first batch", segment(flip(4096 + 70)), corrupt, "offset 4096"},
+		{"truncated log", segment(func(b []byte) []byte { return b[:5000] }), corrupt, ".wal"},
+		{"a damaged copy, adopted", func(t *testing.T, c *Config) {
+			dir := filepath.Join(t.TempDir(), "copy")
+			if err := os.CopyFS(dir, os.DirFS(c.Dir)); err != nil {
+				t.Fatal(err)
+			}
+			c.Dir, c.AdoptDir = dir, true
+			edit(t, usedSegment(t, dir), flip(4096+70))
+		}, corrupt, "offset 4096"},
+		{"in use", func(t *testing.T, c *Config) {
+			l, err := vfs.OS().Lock(filepath.Join(c.Dir, "lock"))
+			if err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(func() { l.Close() })
+		}, func(err error) bool { return errors.Is(err, vfs.ErrLocked) }, "in use by another node"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			defer leaktest.CheckTimeout(t, 100*time.Millisecond)()
@@ -253,30 +292,47 @@ func TestHostileCrowd(t *testing.T) {
 		leader, term := h.CheckSingleLeader()
 		submit(t, h, leader, 0)
 		committedOn(h, 3, 0)
+		if _, err := h.Server(other(h, leader, 1)).Propose(t.Context(), cmd(99)); err != nil { // by a link of its own
+			t.Fatal(err)
+		}
 		goroutines := len(ownGoroutines())
 		var crowd []net.Conn
-		for range 2000 {
-			conn, err := memNetwork(h).Dialer("stranger")(within(t, time.Second), "tcp", harnessAddr(leader))
-			if err != nil {
-				t.Fatal(err)
+		grow := func(n int) {
+			for range n {
+				conn, err := memNetwork(h).Dialer("stranger")(within(t, time.Second), "tcp", harnessAddr(leader))
+				if err != nil {
+					t.Fatal(err)
+				}
+				crowd = append(crowd, conn)
 			}
-			crowd = append(crowd, conn)
+			time.Sleep(time.Millisecond)
 		}
-		time.Sleep(time.Millisecond)
+		grow(2000)
 		if n := len(ownGoroutines()) - goroutines; n > maxConnections {
 			t.Errorf("%d more goroutines for 2000 connections", n)
 		}
+		greeting := encodeGreeting(greetHello, make([]byte, 100))
 		for i := range 12 {
 			for _, conn := range crowd {
-				conn.Write([]byte{'r'})
+				conn.Write(greeting[i : i+1])
 			}
 			submit(t, h, leader, i+1)
 			committedOn(h, 3, i+1)
+			// A peer that must connect anew gets in, though strangers came first.
+			follower := other(h, leader, 1)
+			memNetwork(h).Break(harnessHost(leader), harnessHost(follower))
+			time.Sleep(time.Millisecond)
+			grow(300)
+			if _, err := h.Server(follower).Propose(within(t, 200*time.Millisecond), cmd(100+i)); err != nil {
+				t.Errorf("a follower can't reach the leader behind the crowd: %v", err)
+			}
 			time.Sleep(500 * time.Millisecond)
 		}
+		time.Sleep(handshakeTimeout)
 		for _, conn := range crowd {
 			hungUp(t, conn, time.Millisecond)
 		}
+		time.Sleep(time.Millisecond)
 		if l, again := h.CheckSingleLeader(); l != leader || again != term {
 			t.Errorf("leader %d of term %d, before %d of %d", l, again, leader, term)
 		}
@@ -294,6 +350,22 @@ func impostor(t *testing.T, h *Harness, as, to int, ch channel) net.Conn {
 	s.cm.mu.Lock()
 	me := s.me()
 	s.cm.unlock()
+	return introduced(t, h, me, to, ch)
+}
+
+// invented is impostor for a node that there is not.
+func invented(t *testing.T, h *Harness, name NodeID, to int, ch channel) net.Conn {
+	t.Helper()
+	s := h.Server(to)
+	s.cm.mu.Lock()
+	me := s.me()
+	s.cm.unlock()
+	me.Node, me.DirectoryID = name, dirOf(0xee)
+	return introduced(t, h, me, to, ch)
+}
+
+func introduced(t *testing.T, h *Harness, me identity, to int, ch channel) net.Conn {
+	t.Helper()
 	conn, err := memNetwork(h).Dialer("impostor")(t.Context(), "tcp", harnessAddr(to))
 	if err != nil {
 		t.Fatal(err)
@@ -302,6 +374,65 @@ func impostor(t *testing.T, h *Harness, as, to int, ch channel) net.Conn {
 		t.Fatal(err)
 	}
 	return conn
+}
+
+// Whoever knows the cluster's name may invent any number of nodes. What is kept
+// of them is bounded, and a connection on which nothing comes is ended.
+func TestHostileNames(t *testing.T) {
+	virtual(t, 3, func(t *testing.T, h *Harness) {
+		leader, _ := h.CheckSingleLeader()
+		victim := h.Server(leader)
+		served := func() int {
+			victim.mu.Lock()
+			defer victim.mu.Unlock()
+			return len(victim.served)
+		}
+		before := served()
+		for i := range 2 * maxConnections {
+			conn := invented(t, h, NodeID(fmt.Sprintf("stranger\n%d", i)), leader, channelControl)
+			if i%2 == 0 {
+				conn.Close()
+			} else {
+				defer conn.Close()
+			}
+			if i%maxConnections == 0 {
+				began := time.Now()
+				hungUp(t, invented(t, h, "silent", leader, channelAppend), inboundIdleTimeout+time.Second)
+				if took := time.Since(began); took < inboundIdleTimeout/2 {
+					t.Errorf("hung up after %v", took)
+				}
+			}
+		}
+		time.Sleep(inboundIdleTimeout + time.Second)
+		if n := served(); n > before+2 {
+			t.Errorf("%d served connections are kept, %d before", n, before)
+		}
+		submit(t, h, leader, 1)
+		committedOn(h, 3, 1)
+	})
+}
+
+// A name that a stranger chose can't begin a new line in a log.
+func TestHostileNameInLog(t *testing.T) {
+	virtual(t, 3, func(t *testing.T, h *Harness) {
+		leader, _ := h.CheckSingleLeader()
+		conn := invented(t, h, "evil\n12:00:00 [0] becomes Leader", leader, channelControl)
+		conn.Write([]byte(strings.Repeat("hello ", 100)))
+		hungUp(t, conn, time.Second)
+		time.Sleep(time.Millisecond) // it is reported after that
+		ctx, cancel := context.WithCancel(t.Context())
+		cancel()
+		reported := false
+		for e := range h.Server(leader).Events(ctx) {
+			reported = reported || strings.Contains(e.String(), "evil")
+			if strings.Contains(e.String(), "\n") {
+				t.Errorf("an event has two lines: %q", e)
+			}
+		}
+		if !reported {
+			t.Error("the connection was not reported; the test has no force")
+		}
+	})
 }
 
 // Bad frames after a good handshake: the connection ends, no memory is taken
@@ -408,6 +539,54 @@ func TestHungPeer(t *testing.T) {
 		}
 		h.CheckLogsMatch()
 	})
+}
+
+// Nobody writes, and a peer hangs for an hour: its connections are given up and
+// dialled anew all the time, and nothing grows.
+func TestHungPeerForAnHour(t *testing.T) {
+	virtual(t, 3, func(t *testing.T, h *Harness) {
+		leader, term := h.CheckSingleLeader()
+		hung := other(h, leader, 1)
+		submit(t, h, leader, 0)
+		committedOn(h, 3, 0)
+		h.Pause(hung)
+		time.Sleep(5 * time.Second) // dials and handshakes that are given up have reached their number
+		first := costOfHanging(h)
+		time.Sleep(time.Hour)
+		last := costOfHanging(h)
+		t.Logf("ends of connections, goroutines, events of the hung peer: %v at first, %v after an hour", first, last)
+		if last.ends > first.ends+2 || last.goroutines > first.goroutines+2 || last.reports > first.reports {
+			t.Errorf("from %v to %v", first, last)
+		}
+		h.Resume(hung)
+		submit(t, h, leader, 1)
+		committedOn(h, 3, 1)
+		if l, again := h.CheckSingleLeader(); l != leader || again != term {
+			t.Errorf("leader %d of term %d, before %d of %d", l, again, leader, term)
+		}
+	}, configured(func(c *Config) { c.HeartbeatInterval, c.ElectionTimeout = 300*time.Millisecond, time.Second }))
+}
+
+// hungCost is what a peer that hangs costs the others.
+type hungCost struct{ ends, goroutines, reports int }
+
+// costOfHanging returns the most that it costs within 10 seconds, in virtual time.
+func costOfHanging(h *Harness) (most hungCost) {
+	for range 50 {
+		time.Sleep(207 * time.Millisecond) // not in step with what it looks at
+		now := hungCost{ends: memNetwork(h).Open(), goroutines: len(ownGoroutines())}
+		for i := range h.n {
+			for j := range h.n {
+				now.reports += complaints(h.Server(i), h.Server(j).conf.ID)
+			}
+		}
+		most = most.max(now)
+	}
+	return most
+}
+
+func (c hungCost) max(o hungCost) hungCost {
+	return hungCost{max(c.ends, o.ends), max(c.goroutines, o.goroutines), max(c.reports, o.reports)}
 }
 
 // Peers that are not there are dialled again and again, and nothing grows.

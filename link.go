@@ -152,6 +152,9 @@ func (o *linkOwner) send() {
 	if o.outstanding > 0 && time.Since(o.heard) >= o.server.linkPatience() {
 		o.disconnect() // it answers nothing: dial anew
 	}
+	if o.client != nil && o.client.Err() != nil {
+		o.disconnect() // it ended while it was idle: nothing must be lost in it
+	}
 	issued := false
 	for i := range o.out {
 		out := o.out[i]
@@ -207,8 +210,8 @@ func (o *linkOwner) connect() bool {
 	return true
 }
 
-// disconnect closes the connection and joins net/rpc's goroutine. Calls that
-// were not answered are in o.answers by then, with an error.
+// disconnect closes the connection, joins net/rpc's goroutine and takes the
+// answers to all its calls: none must be left that ends the next connection.
 func (o *linkOwner) disconnect() {
 	if o.client == nil {
 		return
@@ -217,6 +220,9 @@ func (o *linkOwner) disconnect() {
 	o.client.Close()
 	o.server.forget(o.conn)
 	o.client, o.conn = nil, nil
+	for o.outstanding > 0 { // those not answered are in there with an error
+		o.answered(<-o.answers)
+	}
 }
 
 // abandon settles what is left when the node stops: forwarded proposals
@@ -224,9 +230,6 @@ func (o *linkOwner) disconnect() {
 // queued any more: the module takes no proposals once it is dead.
 func (o *linkOwner) abandon() {
 	o.disconnect()
-	for o.outstanding > 0 {
-		o.answered(<-o.answers)
-	}
 	o.out = o.take(o.out)
 	for _, out := range o.out {
 		for _, p := range out.batch.proposals {

@@ -1,7 +1,10 @@
 package raft
 
 import (
+	"context"
 	"errors"
+	"net"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -35,6 +38,67 @@ func TestLostGreeting(t *testing.T) {
 		})
 		submit(t, h, leader, 1)
 		committedOn(h, 3, 1)
+	})
+}
+
+// A connection that went silent is given up and dialled anew, once: what it did
+// not answer does not end the new one.
+func TestSilentConnectionIsRedialledOnce(t *testing.T) {
+	var dials [3][3]atomic.Int64 // from, to
+	virtual(t, 3, func(t *testing.T, h *Harness) {
+		leader, term := h.CheckSingleLeader()
+		follower := other(h, leader, 1)
+		submit(t, h, leader, 1)
+		committedOn(h, 3, 1)
+		time.Sleep(linkIdleTimeout + 5*time.Second) // only heartbeats' connections are left
+		before := dials[leader][follower].Load()
+		from, to := harnessHost(leader), harnessHost(follower)
+		swallowed := 0
+		memNetwork(h).SetFilter(from, to, func([]byte) memnet.Verdict {
+			swallowed++
+			return memnet.Drop
+		})
+		time.Sleep(500 * time.Millisecond)
+		memNetwork(h).SetFilter(from, to, nil) // new connections are whole
+		if swallowed < 2 {
+			t.Fatalf("%d heartbeats were lost; the test has no force", swallowed)
+		}
+		time.Sleep(10 * time.Second)
+		if n := dials[leader][follower].Load() - before; n != 1 {
+			t.Errorf("the leader dialled %d times, want once", n)
+		}
+		submit(t, h, leader, 2)
+		committedOn(h, 3, 2)
+		if l, again := h.CheckSingleLeader(); l != leader || again != term {
+			t.Errorf("leader %d of term %d, before %d of %d", l, again, leader, term)
+		}
+	}, WithConfig(func(i int, c *Config) {
+		c.ElectionTimeout = time.Second
+		dial := c.DialContext
+		c.DialContext = func(ctx context.Context, network, addr string) (net.Conn, error) {
+			for j := range dials[i] {
+				if addr == harnessAddr(j) {
+					dials[i][j].Add(1)
+				}
+			}
+			return dial(ctx, network, addr)
+		}
+	}))
+}
+
+// A connection that ended while nothing was under way costs no proposal its
+// answer: it is dialled anew before anything is sent.
+func TestForwardAfterConnectionEnded(t *testing.T) {
+	virtual(t, 3, func(t *testing.T, h *Harness) {
+		leader, _ := h.CheckSingleLeader()
+		follower := other(h, leader, 1)
+		for i := range 20 {
+			if _, err := h.Server(follower).Propose(within(t, time.Second), cmd(i)); err != nil {
+				t.Fatalf("proposal %d: %v", i, err)
+			}
+			memNetwork(h).Break(harnessHost(leader), harnessHost(follower))
+			time.Sleep(time.Millisecond)
+		}
 	})
 }
 

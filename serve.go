@@ -13,7 +13,14 @@ import (
 // This file is the inbound half of a node: it accepts connections, asks who is
 // there, and serves what the connection is for.
 
-const maxConnections = 256 // inbound at once; more are closed unread
+// maxConnections is how many connections there may be at once, inbound and
+// outbound. When there are more, one that has not said who it is makes room:
+// strangers can't lock peers out, who greet within a moment.
+const maxConnections = 256
+
+// inboundIdleTimeout ends an inbound connection on which nothing comes. Peers
+// close a connection much sooner, unless they are gone without a word.
+const inboundIdleTimeout = time.Minute
 
 // runAccept starts a goroutine for each connection.
 func (s *Server) runAccept() {
@@ -59,15 +66,40 @@ func (s *Server) pause(d time.Duration) {
 }
 
 // remember makes stopped close conn. It returns false if the node stops or has
-// limit connections already (0: no limit).
+// limit connections already (0: no limit), all of them known.
 func (s *Server) remember(conn net.Conn, limit int) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.closed || limit > 0 && len(s.conns) >= limit {
+	if s.closed || limit > 0 && len(s.conns) >= limit && !s.evict() {
 		return false
 	}
-	s.conns[conn] = struct{}{}
+	s.conns[conn] = limit == 0
 	return true
+}
+
+// evict closes some connection that has not said who it is, and returns false
+// if there is none. mu is held.
+func (s *Server) evict() bool {
+	for conn, known := range s.conns {
+		if !known {
+			conn.Close()
+			delete(s.conns, conn)
+			return true
+		}
+	}
+	return false
+}
+
+// greeted notes that conn has said who it is. It returns false if conn was
+// closed meanwhile.
+func (s *Server) greeted(conn net.Conn) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	_, there := s.conns[conn]
+	if there {
+		s.conns[conn] = true
+	}
+	return there
 }
 
 // forget closes conn.
@@ -88,6 +120,9 @@ func (s *Server) serve(raw net.Conn) {
 	h, w, err := s.accept(conn)
 	if err != nil {
 		s.report(peerName(h, raw), "accepting", err)
+		return
+	}
+	if !s.greeted(raw) {
 		return
 	}
 	if h.Channel != channelFormation {
@@ -150,7 +185,7 @@ func (s *Server) serveRPC(conn net.Conn, h hello, w welcome) {
 	if !s.replace(servedKey{h.From, h.Channel}, c) {
 		return
 	}
-	defer close(c.ended)
+	defer s.unserve(servedKey{h.From, h.Channel}, c)
 	s.cm.mu.Lock()
 	alive := s.cm.core.role != Dead
 	if alive {
@@ -184,7 +219,7 @@ func (s *Server) replace(k servedKey, c *servedConn) bool {
 	for {
 		s.mu.Lock()
 		old := s.served[k]
-		if old == nil || isClosed(old.ended) {
+		if old == nil {
 			s.served[k] = c
 			s.mu.Unlock()
 			return !s.stopping()
@@ -202,6 +237,16 @@ func (s *Server) replace(k servedKey, c *servedConn) bool {
 			return false
 		}
 	}
+}
+
+// unserve forgets c, which has ended, unless it was replaced.
+func (s *Server) unserve(k servedKey, c *servedConn) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.served[k] == c {
+		delete(s.served, k)
+	}
+	close(c.ended)
 }
 
 func (s *Server) stopping() bool { return s.ctx.Err() != nil }

@@ -6,6 +6,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"io"
 	"iter"
 	"net"
 	"sync"
@@ -35,8 +36,8 @@ type Server struct {
 	formation *formation       // while forming
 	boots     bootMemory       // of peers
 
-	mu     sync.Mutex // the innermost lock
-	conns  map[net.Conn]struct{}
+	mu     sync.Mutex        // the innermost lock
+	conns  map[net.Conn]bool // true: it has said who it is, or was dialled
 	served map[servedKey]*servedConn
 	logged map[string]bool // complaints already reported
 	closed bool
@@ -62,7 +63,7 @@ func Start(ctx context.Context, c Config) (*Server, error) {
 		links:    map[linkKey]*link{},
 		forwards: map[memberID]int{},
 		boots:    bootMemory{},
-		conns:    map[net.Conn]struct{}{},
+		conns:    map[net.Conn]bool{},
 		served:   map[servedKey]*servedConn{},
 		formWake: make(chan struct{}, 1),
 		logged:   map[string]bool{},
@@ -166,7 +167,7 @@ func (s *Server) Propose(ctx context.Context, cmd []byte) (Result, error) {
 		return p.result, p.err
 	case <-ctx.Done():
 	}
-	if p.abandon() {
+	if !isClosed(p.done) && p.abandon() {
 		return Result{}, fmt.Errorf("%w: %w", ErrNoLeader, ctx.Err())
 	}
 	return p.Wait(ctx)
@@ -354,6 +355,7 @@ func (s *Server) report(peer NodeID, what string, err error) {
 	if s.ctx.Err() != nil {
 		return
 	}
+	peer = NodeID(printable(string(peer))) // strangers choose it
 	key := string(peer) + "\x00" + what + "\x00" + reason(err)
 	s.mu.Lock()
 	known := s.logged[key] || len(s.logged) >= maxComplaints
@@ -380,8 +382,14 @@ func reason(err error) string {
 	if errors.As(err, &op) {
 		return op.Op
 	}
-	if errors.Is(err, errFrame) {
+	var n net.Error
+	switch {
+	case errors.Is(err, errFrame):
 		return "frame"
+	case errors.As(err, &n) && n.Timeout():
+		return "timeout"
+	case errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF):
+		return "hung up"
 	}
 	return fmt.Sprintf("%T", err)
 }
