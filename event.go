@@ -111,8 +111,6 @@ func (e Event) String() string {
 		return fmt.Sprintf("connection with %s: %s: %v", e.Peer, e.Detail, e.Err)
 	case EventApplyFailed:
 		return fmt.Sprintf("stops applying at entry %d: %v", e.Index, e.Err)
-	}
-	switch e.Kind {
 	case EventMembership:
 		return fmt.Sprintf("members as of entry %d: %s", e.Index, e.Detail)
 	case EventRemoved:
