@@ -144,7 +144,10 @@ func exportData(t *testing.T) importer.Lookup {
 	return func(path string) (io.ReadCloser, error) { return os.Open(where[path]) }
 }
 
-var failingSeed = regexp.MustCompile(`(seed \d+|core_test.go:\d+): [^\n]*`)
+var (
+	failingSeed  = regexp.MustCompile(`(seed \d+|core_test.go:\d+): [^\n]*`)
+	enoughFaults = regexp.MustCompile(`\d+ of its \d+ faults are enough`)
+)
 
 // TestMutants builds each mutant and runs the test that must catch it.
 func TestMutants(t *testing.T) {
@@ -176,7 +179,7 @@ func TestMutants(t *testing.T) {
 			ctx, cancel := context.WithTimeout(t.Context(), *mutantTimeout+30*time.Second)
 			defer cancel()
 			began := time.Now()
-			cmd := exec.CommandContext(ctx, binary, "-test.run", "^"+m.test+"$", "-sim.base=1", fmt.Sprint("-sim.duration=", *mutantTimeout))
+			cmd := exec.CommandContext(ctx, binary, "-test.run", "^"+m.test+"$", "-sim.base=1", "-sim.shrink=2s", fmt.Sprint("-sim.duration=", *mutantTimeout))
 			out, err := cmd.CombinedOutput()
 			took := time.Since(began).Round(10 * time.Millisecond)
 			if err == nil {
@@ -186,7 +189,7 @@ func TestMutants(t *testing.T) {
 			if why == nil {
 				t.Fatalf("mutant %s: no test failed: %v\n%s", m.number, err, out)
 			}
-			t.Logf("%s: caught in %v by %s: %s", m.name, took, m.test, why[0])
+			t.Logf("%s: caught in %v by %s: %s %s", m.name, took, m.test, why[0], enoughFaults.Find(out))
 		})
 	}
 }

@@ -82,23 +82,23 @@ func (s *sim) transmit(m *simMsg) {
 	if l.cut {
 		return
 	}
-	if s.faulty {
-		if s.chance(s.swarm.dropP) {
-			return
-		}
-		if c.kind == callAppend && s.chance(s.swarm.breakP) {
-			s.breakLink(c.from, c.to)
-			return
-		}
-		if c.kind != callForward && s.chance(s.swarm.dupP) { // a forward is not idempotent, and is sent once
-			s.deliverAfter(l, m, from, to)
-		}
+	path := from*len(s.nodes) + to
+	defer s.back(s.turn(turnMessage, path))
+	if s.strikes(faultDrop, path, s.swarm.dropP) {
+		return
+	}
+	if c.kind == callAppend && s.strikes(faultBreak, path, s.swarm.breakP) {
+		s.breakLink(c.from, c.to)
+		return
+	}
+	if c.kind != callForward && s.strikes(faultDuplicate, path, s.swarm.dupP) { // a forward is not idempotent, and is sent once
+		s.deliverAfter(l, m, from, to)
 	}
 	s.deliverAfter(l, m, from, to)
 }
 
 func (s *sim) deliverAfter(l *simLink, m *simMsg, from, to int) {
-	at := max(s.now+s.delay(m), l.clogged)
+	at := max(s.now+s.delay(m, from*len(s.nodes)+to), l.clogged)
 	e := simEvent{kind: evRequest, node: to, msg: m, epoch: s.netEpoch}
 	if m.isReply {
 		e.kind, e.run = evReply, m.call.fromRun
@@ -110,16 +110,16 @@ func (s *sim) deliverAfter(l *simLink, m *simMsg, from, to int) {
 	s.push(e)
 }
 
-func (s *sim) delay(m *simMsg) time.Duration {
+func (s *sim) delay(m *simMsg, path int) time.Duration {
 	w := &s.swarm
 	if !s.faulty {
 		return time.Duration(float64(w.timeout) * (0.001 + 0.004*s.rng.Float64()))
 	}
 	d := w.delayMin + time.Duration(s.rng.Int64N(int64(2*w.delayMean)))
-	if s.chance(w.tailP) {
+	if s.strikes(faultDelay, path, w.tailP) {
 		d += s.someTimeouts(0.01, 4)
 	}
-	if m.isReply && s.chance(w.oldP) {
+	if m.isReply && s.strikes(faultOldReply, path, w.oldP) {
 		d += s.someTimeouts(0.1, 30)
 	}
 	return d
@@ -190,6 +190,9 @@ const (
 func (s *sim) nemesis() {
 	w := &s.swarm
 	s.push(simEvent{at: s.now + 1 + time.Duration(s.rng.Int64N(2*int64(w.nemesisEvery))), kind: evNemesis, epoch: uint32(s.round)})
+	if !s.strikes(faultNemesis, 0, 1) {
+		return
+	}
 	f := w.nemeses[s.rng.IntN(len(w.nemeses))]
 	if s.chance(0.2) {
 		f = nemHealNet
@@ -344,6 +347,7 @@ func (s *sim) heal() {
 		}
 	}
 	slices.SortFunc(s.heap, func(a, b simEvent) int { return cmp.Or(cmp.Compare(a.at, b.at), cmp.Compare(a.seq, b.seq)) })
+	s.turn(turnHeal, 0)
 	alive := s.between(s.swarm.voters/2+1, s.swarm.voters)
 	order := s.rng.Perm(s.swarm.voters)
 	for i := range s.core {

@@ -82,6 +82,7 @@ func (s *sim) boot(n *simNode) {
 	if err != nil {
 		s.fail("node %d: %v", n.i, err)
 	}
+	defer s.back(s.turn(turnBoot, n.i))
 	n.run++
 	n.box, n.wait = outbox{}, pending{applied: rec.Start.Index, maxKept: 4096}
 	n.applying, n.flushing, n.beating, n.timerAt = false, false, false, 0
@@ -139,10 +140,12 @@ func (s *sim) end(n *simNode) {
 		s.breakLink(n.i, int(to)-1)
 	}
 	for _, q := range out.reads {
+		before := s.turn(turnRead, n.i)
 		d := time.Duration(s.rng.Int64N(int64(2*s.swarm.readMean) + 1))
-		if s.chance(s.swarm.readTailP) {
+		if s.strikes(faultReadSlow, n.i, s.swarm.readTailP) {
 			d += s.someTimeouts(0.1, 10)
 		}
+		s.back(before)
 		if !s.faulty {
 			d = s.swarm.timeout / 1000
 		}
@@ -200,11 +203,12 @@ func (s *sim) startFlush(n *simNode) {
 		return
 	}
 	n.flushing = true
+	defer s.back(s.turn(turnFlush, n.i))
 	w := &s.swarm
 	d := w.timeout / 1000
 	if s.faulty {
 		d = time.Duration(s.rng.Int64N(int64(2*w.flushMean) + 1))
-		if s.chance(w.flushTailP) {
+		if s.strikes(faultFlushSlow, n.i, w.flushTailP) {
 			d += s.someTimeouts(0.05, 5)
 		}
 	}
@@ -216,6 +220,7 @@ func (s *sim) scheduleApply(n *simNode) {
 		return
 	}
 	n.applying = true
+	defer s.back(s.turn(turnApply, n.i))
 	d := s.swarm.timeout / 1000
 	if s.faulty {
 		d = time.Duration(s.rng.Int64N(int64(2*s.swarm.applyMean) + 1))
@@ -379,8 +384,9 @@ func (s *sim) boundary(n *simNode) bool {
 }
 
 func (s *sim) armCrash(n *simNode) {
-	if s.faulty && n.crashIn == 0 && s.chance(s.swarm.boundaryP*0.004) {
+	if n.crashIn == 0 && s.strikes(faultCrash, n.i, s.swarm.boundaryP*0.004) {
 		n.crashIn = s.between(1, 12)
+		s.note(n.i, "a crash is armed, %d boundaries from here", n.crashIn)
 	}
 }
 

@@ -23,6 +23,8 @@ var (
 	simBase     = flags.Uint64("sim.base", 0, "first of the fresh seeds; 0 draws one")
 	simDiskFlag = flags.String("sim.disk", "", "model or wal: the same disk for all seeds, instead of what each seed draws")
 	simTrace    = flags.Bool("sim.trace", false, "print every event of the run")
+	simFaults   = flags.String("sim.faults", "", "with -sim.seed: only these faults, as a failure prints them, or none")
+	simShrink   = flags.Duration("sim.shrink", 20*time.Second, "how long to look for a smaller schedule of faults when a seed fails")
 )
 
 type simEventKind uint8
@@ -97,7 +99,11 @@ type simSwarm struct {
 
 type sim struct {
 	seed     uint64
-	rng      *rand.Rand
+	plan     simPlan
+	dice     simDice
+	rng      *rand.Rand // rolls dice
+	counts   [simDecisions][]uint32
+	struck   []simStrike
 	swarm    simSwarm
 	now      time.Duration
 	seq      uint64
@@ -143,15 +149,27 @@ type simResult struct {
 	healTimes []float64 // in election timeouts
 	committed Index
 	elections int
-	ok, lost  int // client operations answered, and those without an answer
-	judged    int // histories that porcupine judged
+	ok, lost  int         // client operations answered, and those without an answer
+	judged    int         // histories that porcupine judged
+	class     string      // of err: which check failed
+	struck    []simStrike // the faults, in order
+	timeout   time.Duration
 	tail      string
 }
 
+// simPlan says how a seed is run other than the seed itself says.
+type simPlan struct {
+	disk  string            // model or wal; empty: what the seed draws
+	only  map[simFault]bool // no other faults strike; nil: whatever the dice say
+	until time.Duration     // give up then, if positive
+	check func(*sim)        // an invariant of a test's own, after each event
+}
+
 // runSim runs one seed to its end or to the first broken invariant.
-func runSim(seed uint64) (res simResult) {
-	s := newSim(seed)
+func runSim(seed uint64, plan simPlan) (res simResult) {
+	s := newSim(seed, plan)
 	defer func() {
+		res.struck, res.timeout = s.struck, s.swarm.timeout
 		res.hash, res.steps, res.simulated, res.healTimes = s.hash, s.steps, s.now, s.healTimes
 		res.committed, res.elections = Index(len(s.book.committed)), s.book.elections
 		res.judged = s.judged
@@ -159,9 +177,10 @@ func runSim(seed uint64) (res simResult) {
 		if r := recover(); r != nil {
 			var f simFailure
 			if err, ok := r.(error); ok && errors.As(err, &f) {
-				res.err = err
+				res.err, res.class = err, f.class
 			} else {
 				res.err = fmt.Errorf("panic: %v\n%s", r, debug.Stack())
+				res.class = digits.ReplaceAllString(fmt.Sprint("panic: ", r), "")
 			}
 			res.tail = s.lastEvents(80)
 		}
@@ -171,21 +190,30 @@ func runSim(seed uint64) (res simResult) {
 		e := s.pop()
 		s.now = e.at
 		s.handle(e)
+		if plan.check != nil {
+			plan.check(s)
+		}
+		if plan.until > 0 && s.now > plan.until {
+			return
+		}
 	}
 	s.finalChecks()
 	return
 }
 
-type simFailure struct{ msg string }
+// simFailure is a broken invariant. All failures of one check are of one class.
+type simFailure struct{ msg, class string }
 
 func (f simFailure) Error() string { return f.msg }
 
 func (s *sim) fail(format string, args ...any) {
-	panic(simFailure{fmt.Sprintf(format, args...)})
+	panic(simFailure{fmt.Sprintf(format, args...), format})
 }
 
-func newSim(seed uint64) *sim {
-	s := &sim{seed: seed, rng: rand.New(rand.NewPCG(seed, 0x5eed)), hash: 14695981039346656037}
+func newSim(seed uint64, plan simPlan) *sim {
+	s := &sim{seed: seed, plan: plan, hash: 14695981039346656037}
+	s.rng = rand.New(&s.dice)
+	s.turn(turnSetup, 0)
 	s.ring = make([]simRecord, 0, 512)
 	s.drawSwarm()
 	s.links = make([]simLink, s.swarm.nodes*s.swarm.nodes)
@@ -276,8 +304,8 @@ func (s *sim) drawSwarm() {
 	w.rounds = s.between(1, 4)
 	w.roundTimeouts = s.between(10, 60)
 	w.wal = s.chance(0.2)
-	if *simDiskFlag != "" {
-		w.wal = *simDiskFlag == "wal"
+	if s.plan.disk != "" {
+		w.wal = s.plan.disk == "wal"
 	}
 	if s.chance(0.4) {
 		s.drawChurn(w)
@@ -385,7 +413,11 @@ func (s *sim) mix(v uint64) {
 }
 
 func (s *sim) note(node int, format string, args ...any) {
-	s.record(simRecord{at: s.now, node: node, note: fmt.Sprintf(format, args...)})
+	what := fmt.Sprintf(format, args...)
+	s.record(simRecord{at: s.now, node: node, note: what})
+	if k := len(s.struck); k > 0 && s.struck[k-1].what == "" {
+		s.struck[k-1].what = what
+	}
 }
 
 func (s *sim) record(r simRecord) {
@@ -450,6 +482,7 @@ func (s *sim) beginFaults() {
 
 // handle makes one event happen. Events of a paused node wait for it.
 func (s *sim) handle(e simEvent) {
+	s.turn(turnEvent+simDecision(e.kind), e.node)
 	s.mix(uint64(e.at))
 	s.mix(uint64(e.kind)<<8 | uint64(e.node))
 	switch e.kind {
@@ -547,8 +580,15 @@ func (t *simSummary) String() string {
 func TestSim(t *testing.T) {
 	if *simSeed != 0 {
 		started := time.Now()
-		res := runSim(*simSeed)
-		reportSim(t, *simSeed, res)
+		plan := simPlan{disk: *simDiskFlag}
+		if *simFaults != "" {
+			var err error
+			if plan.only, err = parseFaults(*simFaults); err != nil {
+				t.Fatal(err)
+			}
+		}
+		res := runSim(*simSeed, plan)
+		reportSim(t, *simSeed, plan, res)
 		t.Logf("seed %d: hash %016x, %d steps in %v, %v simulated, %d committed, %d elections, %d answered, %d unknown, healed in %.2f timeouts",
 			*simSeed, res.hash, res.steps, time.Since(started), res.simulated, res.committed, res.elections, res.ok, res.lost, res.healTimes)
 		return
@@ -571,12 +611,13 @@ func runSeeds(t *testing.T, base uint64, n int, d time.Duration) *simSummary {
 	started := time.Now()
 	for i := 0; (d > 0 && time.Since(started) < d) || (d <= 0 && i < n); i++ {
 		seed := base + uint64(i)
-		res := runSim(seed)
+		plan := simPlan{disk: *simDiskFlag}
+		res := runSim(seed, plan)
 		sum.add(res)
 		if h := slices.Max(append(res.healTimes, 0)); h > 6 {
 			t.Logf("seed %d took %.2f election timeouts to heal", seed, h)
 		}
-		reportSim(t, seed, res)
+		reportSim(t, seed, plan, res)
 		if t.Failed() {
 			break
 		}
@@ -585,23 +626,12 @@ func runSeeds(t *testing.T, base uint64, n int, d time.Duration) *simSummary {
 	return sum
 }
 
-func reportSim(t *testing.T, seed uint64, res simResult) {
-	t.Helper()
-	if res.err != nil {
-		disk := ""
-		if *simDiskFlag != "" {
-			disk = " -sim.disk=" + *simDiskFlag
-		}
-		t.Errorf("seed %d: %v\nthe last events:\n%s\nreplay: go test -run 'TestSim$' -sim.seed=%d%s -v", seed, res.err, res.tail, seed, disk)
-	}
-}
-
 // TestSimReplays runs seeds twice: a simulation that does not repeat itself
 // can't be debugged.
 func TestSimReplays(t *testing.T) {
 	for seed := uint64(1); seed <= 8; seed++ {
-		a, b := runSim(seed), runSim(seed)
-		reportSim(t, seed, a)
+		a, b := runSim(seed, simPlan{}), runSim(seed, simPlan{})
+		reportSim(t, seed, simPlan{}, a)
 		if a.hash != b.hash || a.steps != b.steps {
 			t.Errorf("seed %d: hash %016x after %d steps, then %016x after %d", seed, a.hash, a.steps, b.hash, b.steps)
 		}

@@ -8,7 +8,7 @@ import (
 // quietSim is a cluster without faults: small delays, quick disks, clients at
 // work. Tests add the one fault that they are about.
 func quietSim(seed uint64, nodes int, l limits) *sim {
-	s := newSim(seed)
+	s := newSim(seed, simPlan{})
 	t := l.electionTimeout
 	s.swarm = simSwarm{
 		nodes: nodes, voters: nodes, timeout: t, ordered: true,

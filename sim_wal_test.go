@@ -91,7 +91,7 @@ func (w *simWAL) stop(power bool) {
 // the power failed again meanwhile.
 func (s *sim) recover(n *simNode) (Recovered, bool) {
 	w, d := n.wal, n.disk
-	if s.faulty && s.chance(0.1) {
+	if s.strikes(faultPowerRecovery, n.i, 0.1) {
 		w.failSoon(errSimPower, 12)
 	}
 	rec, err := w.open(s.rng.IntN(4096))
@@ -203,7 +203,7 @@ func (n *simNode) readDisk(lo, hi Index, maxBytes int) ([]Entries, error) {
 // failed during it and errSimDisk if the disk did.
 func (n *simNode) flushDisk(lsn LSN) (LSN, error) {
 	s, w := n.s, n.wal
-	fails := s.faulty && s.chance(s.swarm.flushFailP)
+	fails := s.strikes(faultFlushFail, n.i, s.swarm.flushFailP)
 	if w == nil {
 		if fails {
 			return 0, errSimDisk
@@ -214,7 +214,7 @@ func (n *simNode) flushDisk(lsn LSN) (LSN, error) {
 	switch {
 	case fails:
 		w.failSoon(errSimDisk, 3)
-	case s.faulty && s.chance(s.swarm.boundaryP*0.01):
+	case s.strikes(faultPower, n.i, s.swarm.boundaryP*0.01):
 		w.failSoon(errSimPower, 4)
 	}
 	if s.chance(0.02) && w.ops == 0 {
