@@ -3,6 +3,7 @@ package raft
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	flags "flag"
 	"fmt"
 	"go/ast"
@@ -17,6 +18,7 @@ import (
 	"path"
 	"path/filepath"
 	"regexp"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -26,13 +28,14 @@ import (
 // testdata/mutants, so that no production file holds any. Tests that let one
 // live prove less than they seem to.
 var (
-	runMutants    = flags.String("mutants", "", "build these mutants and run the tests that must catch them: all, or numbers like 1,8")
+	runMutants    = flags.String("mutants", "", "build these mutants and run the tests that must catch them: all, numbers like 1,8, or a share like 2/3")
 	mutantTimeout = flags.Duration("mutants.timeout", 2*time.Minute, "how long a mutant may survive")
 )
 
 type mutant struct {
-	path, name, number, test, file string
-	old, new                       string
+	path, name, number, file string
+	dir, test                string      // the package of the test that catches it, and that test
+	edits                    [][2]string // old and new text
 }
 
 func readMutants(t *testing.T) (out []mutant) {
@@ -46,13 +49,19 @@ func readMutants(t *testing.T) (out []mutant) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		head, rest, ok1 := strings.Cut(string(b), "--- old\n")
-		old, replacement, ok2 := strings.Cut(rest, "--- new\n")
-		if !ok1 || !ok2 {
+		parts := strings.Split(string(b), "--- old\n")
+		m := mutant{path: p, dir: "."}
+		for _, edit := range parts[1:] {
+			old, replacement, ok := strings.Cut(edit, "--- new\n")
+			if !ok {
+				t.Fatalf("%s: '--- old' without '--- new'", p)
+			}
+			m.edits = append(m.edits, [2]string{strings.TrimSuffix(old, "\n"), strings.TrimSuffix(replacement, "\n")})
+		}
+		if len(m.edits) == 0 {
 			t.Fatalf("%s: want a head, '--- old' and '--- new'", p)
 		}
-		m := mutant{path: p, old: strings.TrimSuffix(old, "\n"), new: strings.TrimSuffix(replacement, "\n")}
-		for line := range strings.Lines(head) {
+		for line := range strings.Lines(parts[0]) {
 			key, value, _ := strings.Cut(strings.TrimSpace(line), ": ")
 			switch key {
 			case "number":
@@ -61,6 +70,9 @@ func readMutants(t *testing.T) (out []mutant) {
 				m.name = value
 			case "caught by":
 				m.test = value
+				if dir, test, ok := strings.Cut(value, " "); ok {
+					m.dir, m.test = dir, test
+				}
 			case "file":
 				m.file = value
 			default:
@@ -72,21 +84,36 @@ func readMutants(t *testing.T) (out []mutant) {
 	return out
 }
 
-// apply returns the mutated file. The old text must be there exactly once.
+// apply returns the mutated file. Each old text must be there exactly once.
 func (m *mutant) apply(t *testing.T) string {
 	t.Helper()
 	b, err := os.ReadFile(m.file)
 	if err != nil {
 		t.Fatalf("mutant %s: %v", m.path, err)
 	}
-	if n := strings.Count(string(b), m.old); n != 1 {
-		t.Fatalf("mutant %s (%s): its old text occurs %d times in %s, want once; write the mutant anew", m.path, m.name, n, m.file)
+	out := string(b)
+	for _, e := range m.edits {
+		if n := strings.Count(out, e[0]); n != 1 {
+			t.Fatalf("mutant %s (%s): this text occurs %d times in %s, want once; write the mutant anew:\n%s", m.path, m.name, n, m.file, e[0])
+		}
+		out = strings.Replace(out, e[0], e[1], 1)
 	}
-	return strings.Replace(string(b), m.old, m.new, 1)
+	return out
+}
+
+// hasTest tells whether the package in a directory has a test of that name.
+func hasTest(dir, name string) bool {
+	paths, _ := filepath.Glob(filepath.Join(dir, "*_test.go"))
+	for _, p := range paths {
+		if b, err := os.ReadFile(p); err == nil && strings.Contains(string(b), "\nfunc "+name+"(t *testing.T)") {
+			return true
+		}
+	}
+	return false
 }
 
 // TestMutantsApply: each mutant still applies and type-checks, so that it can
-// only be caught by a test.
+// only be caught by a test, and that test is there.
 func TestMutantsApply(t *testing.T) {
 	fset := token.NewFileSet()
 	conf := types.Config{Importer: importer.ForCompiler(fset, "gc", exportData(t))}
@@ -126,6 +153,9 @@ func TestMutantsApply(t *testing.T) {
 		if err := check(m.file, m.apply(t)); err != nil {
 			t.Errorf("mutant %s does not compile: %v", m.path, err)
 		}
+		if !hasTest(m.dir, m.test) {
+			t.Errorf("mutant %s: there is no %s in %s", m.path, m.test, m.dir)
+		}
 	}
 }
 
@@ -144,52 +174,98 @@ func exportData(t *testing.T) importer.Lookup {
 	return func(path string) (io.ReadCloser, error) { return os.Open(where[path]) }
 }
 
-var (
-	failingSeed  = regexp.MustCompile(`(seed \d+|core_test.go:\d+): [^\n]*`)
-	enoughFaults = regexp.MustCompile(`\d+ of its \d+ faults are enough`)
-)
+// reasons are what a failing test says, the most telling first: the seed and
+// the broken invariant, a panic, its own complaint.
+var reasons = []*regexp.Regexp{
+	regexp.MustCompile(`seed \d+: [^\n]*`),
+	regexp.MustCompile(`(?m)^panic: [^\n]*`),
+	regexp.MustCompile(`(?m)^ +\w+\.go:\d+: [^\n]*`),
+	regexp.MustCompile(`(?m)^ *--- FAIL: [^\n]*`),
+}
+
+var enoughFaults = regexp.MustCompile(`\d+ of its \d+ faults are enough`)
+
+func whyFailed(out string) string {
+	for _, r := range reasons {
+		if s := r.FindString(out); s != "" {
+			return strings.TrimSpace(s)
+		}
+	}
+	return ""
+}
+
+// wanted says whether mutant i is among those that were asked for.
+func (m *mutant) wanted(t *testing.T, i int) bool {
+	if *runMutants == "all" {
+		return true
+	}
+	if k, n, ok := strings.Cut(*runMutants, "/"); ok {
+		third, err1 := strconv.Atoi(k)
+		of, err2 := strconv.Atoi(n)
+		if err := errors.Join(err1, err2); err != nil || of < 1 {
+			t.Fatalf("-mutants %s: want all, numbers like 1,8, or a share like 2/3", *runMutants)
+		}
+		return i%of == third%of
+	}
+	return strings.Contains(","+*runMutants+",", ","+m.number+",")
+}
 
 // TestMutants builds each mutant and runs the test that must catch it.
 func TestMutants(t *testing.T) {
 	if *runMutants == "" {
 		t.Skip("needs -mutants")
 	}
-	dir := t.TempDir()
-	for _, m := range readMutants(t) {
-		if *runMutants != "all" && !strings.Contains(","+*runMutants+",", ","+m.number+",") {
-			continue
+	ran := 0
+	for i, m := range readMutants(t) {
+		if m.wanted(t, i) {
+			ran++
+			t.Run(m.number, m.run)
 		}
-		t.Run(m.number, func(t *testing.T) {
-			wd, err := os.Getwd()
-			if err != nil {
-				t.Fatal(err)
-			}
-			mutated := filepath.Join(dir, m.number+"_"+filepath.Base(m.file))
-			overlay := filepath.Join(dir, m.number+".json")
-			binary := filepath.Join(dir, m.number+".test")
-			j, _ := json.Marshal(map[string]any{"Replace": map[string]string{filepath.Join(wd, m.file): mutated}})
-			for name, content := range map[string]string{mutated: m.apply(t), overlay: string(j)} {
-				if err := os.WriteFile(name, []byte(content), 0o600); err != nil {
-					t.Fatal(err)
-				}
-			}
-			if out, err := exec.Command("go", "test", "-c", "-overlay", overlay, "-o", binary, ".").CombinedOutput(); err != nil {
-				t.Fatalf("mutant %s does not build: %v\n%s", m.number, err, out)
-			}
-			ctx, cancel := context.WithTimeout(t.Context(), *mutantTimeout+30*time.Second)
-			defer cancel()
-			began := time.Now()
-			cmd := exec.CommandContext(ctx, binary, "-test.run", "^"+m.test+"$", "-sim.base=1", "-sim.shrink=2s", fmt.Sprint("-sim.duration=", *mutantTimeout))
-			out, err := cmd.CombinedOutput()
-			took := time.Since(began).Round(10 * time.Millisecond)
-			if err == nil {
-				t.Fatalf("mutant %s survived %v: %s", m.number, took, m.name)
-			}
-			why := failingSeed.FindAllString(string(out), 2)
-			if why == nil {
-				t.Fatalf("mutant %s: no test failed: %v\n%s", m.number, err, out)
-			}
-			t.Logf("%s: caught in %v by %s: %s %s", m.name, took, m.test, why[0], enoughFaults.Find(out))
-		})
 	}
+	if ran == 0 {
+		t.Fatalf("no mutant is meant by -mutants %s", *runMutants)
+	}
+}
+
+// run builds the mutant and lets the test that must catch it judge it.
+func (m *mutant) run(t *testing.T) {
+	wd, err := os.Getwd()
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := t.TempDir()
+	mutated := filepath.Join(dir, filepath.Base(m.file))
+	overlay := filepath.Join(dir, "overlay.json")
+	binary := filepath.Join(dir, "mutant.test")
+	j, err := json.Marshal(map[string]any{"Replace": map[string]string{filepath.Join(wd, m.file): mutated}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, content := range map[string]string{mutated: m.apply(t), overlay: string(j)} {
+		if err := os.WriteFile(name, []byte(content), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if out, err := exec.Command("go", "test", "-c", "-overlay", overlay, "-o", binary, "./"+m.dir).CombinedOutput(); err != nil {
+		t.Fatalf("mutant %s does not build: %v\n%s", m.number, err, out)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), *mutantTimeout+30*time.Second)
+	defer cancel()
+	args := []string{"-test.run", "^" + m.test + "$", "-test.timeout", fmt.Sprint(*mutantTimeout + 20*time.Second)}
+	if m.dir == "." {
+		args = append(args, "-sim.base=1", "-sim.shrink=2s", fmt.Sprint("-sim.duration=", *mutantTimeout))
+	}
+	began := time.Now()
+	cmd := exec.CommandContext(ctx, binary, args...)
+	cmd.Dir = filepath.Join(wd, m.dir)
+	out, err := cmd.CombinedOutput()
+	took := time.Since(began).Round(10 * time.Millisecond)
+	if err == nil || strings.Contains(string(out), "panic: test timed out") {
+		t.Fatalf("mutant %s survived %v of %s: %s", m.number, took, m.test, m.name)
+	}
+	why := whyFailed(string(out))
+	if why == "" {
+		t.Fatalf("mutant %s: no test failed: %v\n%s", m.number, err, out)
+	}
+	t.Logf("mutant %s (%s): caught in %v by %s: %s %s", m.number, m.name, took, m.test, why, enoughFaults.Find(out))
 }
