@@ -123,7 +123,16 @@ func (c *core) changeMembers(edit func(list []Member) ([]Member, error)) (EntryI
 	return c.appendConfiguration(next), nil
 }
 
+// appendConfiguration appends conf, whose members nobody else holds, and notes
+// in it the directories that it lacks. So a member that is added is known by
+// its directory before it votes, as a founder is: what was counted on is there.
 func (c *core) appendConfiguration(conf configuration) EntryID {
+	for i := range conf.members {
+		m := &conf.members[i]
+		if p := c.progressOf(m.id); p != nil && m.dirID == ([16]byte{}) {
+			m.dirID = p.directory
+		}
+	}
 	id := EntryID{c.log.last + 1, c.currentTerm}
 	c.appendLocal(makeEntry(entryConfiguration, id, c.stamp(), conf.encode()))
 	return id
@@ -199,6 +208,19 @@ func (c *core) changeDone(id EntryID) (bool, error) {
 	}
 	newest := c.configs[len(c.configs)-1]
 	return newest.index >= id.Index && newest.index <= c.commitIndex && !newest.conf.changing(), nil
+}
+
+// directoryOf returns the ID of the only data directory that may speak for a
+// member, zero if any may: the one in the configuration, on a leader otherwise
+// the one that answered it first.
+func (c *core) directoryOf(id memberID) [16]byte {
+	if m := c.configuration.find(id); m != nil && m.dirID != ([16]byte{}) {
+		return m.dirID
+	}
+	if p := c.progressOf(id); p != nil {
+		return p.directory
+	}
+	return [16]byte{}
 }
 
 // changing tells whether the configuration is one on the way to another.

@@ -191,7 +191,7 @@ func TestBodiesRoundTrip(t *testing.T) {
 			&voteReply{Term(u("term")), b("granted"), b("removed")},
 			&appendArgs{Term: term + Term(u("later")%1000), Leader: memberID(u("leader")), Seq: u("number"),
 				Prev: EntryID{first - 1, term}, Commit: Index(u("commit")), Heartbeat: run == nil && b("heartbeat"), Entries: run},
-			&appendReply{Term(u("term")), b("success"), drawEntryID(t, "hint"), Index(u("wanted"))},
+			&appendReply{Term: Term(u("term")), Success: b("success"), Hint: drawEntryID(t, "hint"), Wanted: Index(u("wanted"))},
 			&forwardArgs{From: memberID(u("from")), Count: len(data) + 1, Encoded: unsealed.buf},
 			&forwardReply{forwardRefusal(rapid.Byte().Draw(t, "refusal")), drawEntryID(t, "first"), memberID(u("leader"))},
 		}

@@ -26,29 +26,30 @@ func (s *Server) me() identity {
 	}
 }
 
-// dial opens a connection to a member for a channel, handshake included.
-func (s *Server) dial(to memberID, ch channel) (net.Conn, *rpcClient, error) {
+// dial opens a connection to a member for a channel, handshake included, and
+// returns the ID of the data directory that answers there.
+func (s *Server) dial(to memberID, ch channel) (net.Conn, *rpcClient, [16]byte, error) {
 	s.cm.mu.Lock()
-	me := s.me()
+	me, known := s.me(), s.cm.core.directoryOf(to)
 	var m member
 	if found := s.cm.core.configuration.find(to); found != nil {
 		m = *found
 	}
 	s.cm.unlock()
 	if m.id == 0 {
-		return nil, nil, errNoMember
+		return nil, nil, known, errNoMember
 	}
 	raw, conn, w, err := s.greet(m.addr, me.hello(m.name, ch))
 	if err != nil {
 		s.report(m.name, "dialling", err)
-		return nil, nil, err
+		return nil, nil, known, err
 	}
-	if err := s.judgeWelcome(m.name, w, m.dirID); err != nil {
+	if err := s.judgeWelcome(m.name, w, known); err != nil {
 		s.forget(raw)
 		s.report(m.name, "dialling", err)
-		return nil, nil, err
+		return nil, nil, known, err
 	}
-	return raw, newRPCClient(newClientCodec(conn, w.Version, s.codecLimits(ch))), nil
+	return raw, newRPCClient(newClientCodec(conn, w.Version, s.codecLimits(ch))), w.DirectoryID, nil
 }
 
 // judgeWelcome decides whether a dialled peer may be talked to: by the directory
@@ -122,7 +123,7 @@ func (s *Server) accept(conn net.Conn) (hello, welcome, error) {
 		// A founder that comes back with another directory learns from entry 1
 		// that it is one, which ends it; a refusal here would keep it asking.
 		if m := c.configuration.byName(h.From); m != nil && h.Channel != channelFormation {
-			known = m.dirID
+			known = c.directoryOf(m.id)
 		}
 		if no := me.check(h, known); no != nil {
 			return welcome{}, no

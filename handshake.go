@@ -482,7 +482,7 @@ func (me *identity) check(h hello, known [16]byte) *refusal {
 	case h.From == me.Node:
 		return no(HandshakeOtherDirectory, "it calls itself %q as this node does; give each node an ID of its own, and stop copies of a node", h.From)
 	case known != zero && known != h.DirectoryID:
-		return no(HandshakeOtherDirectory, "%q is known with data directory %x and came with %x; restore its own directory, or add it under a new ID and remove the old one", h.From, known, h.DirectoryID)
+		return no(HandshakeOtherDirectory, "%q is known with data directory %x and came with %x; restore its own directory, or remove it from the cluster and add it again, under the same or a new ID", h.From, known, h.DirectoryID)
 	}
 	return nil
 }
@@ -494,7 +494,7 @@ func (me *identity) checkWelcome(peer NodeID, w welcome, known [16]byte) *Handsh
 		return nil
 	}
 	return &HandshakeError{Reason: HandshakeOtherDirectory, Peer: string(peer), Text: fmt.Sprintf(
-		"%q is known with data directory %x and answers with %x; restore its own directory, or add it under a new ID and remove the old one", peer, known, w.DirectoryID)}
+		"%q is known with data directory %x and answers with %x; restore its own directory, or remove it from the cluster and add it again, under the same or a new ID", peer, known, w.DirectoryID)}
 }
 
 // boot is one start of a node: the state of which directory it began with.

@@ -699,3 +699,76 @@ func TestNoCommonVersion(t *testing.T) {
 		}
 	}))
 }
+
+// A node that was added is known by its directory like a founder: with an empty
+// one it neither votes nor gets the log, until it is removed and added again.
+func TestWipedAddedVoter(t *testing.T) {
+	virtual(t, 3, func(t *testing.T, h *Harness) {
+		h.settled(t, "before")
+		i := h.Add()
+		h.settled(t, "added")
+		id := NodeID(strconv.Itoa(i))
+		dir := h.Server(i).dirID
+		for k := range h.nodes {
+			if got := h.directory(k, id); got != dir || dir == ([16]byte{}) {
+				t.Errorf("node %d knows %s with directory %x, want %x", k, id, got, dir)
+			}
+		}
+		h.CrashPeer(i)
+		h.wipe(i)
+		h.RestartPeer(i)
+		leader, _ := h.CheckSingleLeader()
+		h.waitRefusal(t, leader, id, HandshakeOtherDirectory, false)
+		// Three of the four must vote, and the wiped one is not the one that did.
+		h.CrashPeer(leader)
+		time.Sleep(time.Minute) // virtual
+		h.CheckNoLeader()
+		if st := h.Server(i).Status(); st.Last != 0 || st.Term != 0 {
+			t.Errorf("the wiped node has entry %d, term %d; want it to be refused", st.Last, st.Term)
+		}
+		h.RestartPeer(leader)
+		h.Remove(i)
+		h.lead("Add", func(ctx context.Context, s *Server) error {
+			return s.AddVoter(ctx, Member{ID: id, Addr: harnessAddr(i)})
+		})
+		h.settled(t, "again")
+		if got := h.directory(0, id); got != h.Server(i).dirID || got == dir {
+			t.Errorf("after it was added again, node 0 knows %s with directory %x, want %x", id, got, h.Server(i).dirID)
+		}
+		// And now its vote counts.
+		leader, _ = h.CheckSingleLeader()
+		h.CrashPeer(leader)
+		h.settled(t, "without the leader")
+	})
+}
+
+// directory returns the directory ID that node i's configuration has for a member.
+func (h *Harness) directory(i int, id NodeID) [16]byte {
+	s := h.Server(i)
+	s.cm.mu.Lock()
+	defer s.cm.unlock()
+	if m := s.cm.core.configuration.byName(id); m != nil {
+		return m.dirID
+	}
+	return [16]byte{}
+}
+
+// What another directory acknowledges under a member's name does not count.
+func TestAcknowledgementOfAnotherDirectory(t *testing.T) {
+	c := testCore(t, 1, 3)
+	elect(t, c)
+	p := c.progressOf(2)
+	a := &appendArgs{Term: c.currentTerm, Seq: c.appendSeq, Prev: EntryID{c.log.last, c.currentTerm}}
+	reply := func(dir byte) *appendReply {
+		return &appendReply{Term: c.currentTerm, Success: true, directory: [16]byte{dir}}
+	}
+	c.onAppendReply(2, &appendArgs{Term: c.currentTerm, Heartbeat: true}, reply(1))
+	c.onAppendReply(2, a, reply(2))
+	if p.match != 0 || c.commitIndex != 0 {
+		t.Errorf("match is %d and commit %d after another directory's acknowledgement", p.match, c.commitIndex)
+	}
+	c.onAppendReply(2, a, reply(1))
+	if p.match != c.log.last {
+		t.Errorf("match is %d after the acknowledgement of the directory that answered first, want %d", p.match, c.log.last)
+	}
+}

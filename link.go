@@ -130,6 +130,7 @@ type linkOwner struct {
 	*link
 	client      *rpcClient
 	conn        net.Conn
+	directory   [16]byte  // of the peer on conn, or on the last one
 	outstanding int       // calls whose answers are to come
 	heard       time.Time // the last answer, or when the first unanswered call was sent
 	retryAt     time.Time // no dialling before
@@ -199,14 +200,14 @@ func (o *linkOwner) connect() bool {
 	if time.Now().Before(o.retryAt) {
 		return false
 	}
-	conn, client, err := s.dial(o.to, o.channel)
+	conn, client, directory, err := s.dial(o.to, o.channel)
 	if err != nil {
 		o.retryAt = time.Now().Add(min(s.conf.HeartbeatInterval/2, s.conf.ElectionTimeout/4))
 		return false
 	}
 	o.conn = conn
 	o.link.setConn(conn)
-	o.client = client
+	o.client, o.directory = client, directory
 	return true
 }
 
@@ -257,7 +258,7 @@ func (o *linkOwner) answered(first *rpc.Call) {
 		if c.Error != nil {
 			broken = true
 		}
-		cm.transition(func(core *core) { o.server.stepAnswer(core, o.to, c) })
+		cm.transition(func(core *core) { o.server.stepAnswer(core, o.to, o.directory, c) })
 		o.calls[i] = nil
 	}
 	cm.unlock()
@@ -275,13 +276,15 @@ func (l *link) setConn(c net.Conn) {
 }
 
 // stepAnswer gives the answer to one call to the core.
-func (s *Server) stepAnswer(c *core, from memberID, answer *rpc.Call) {
+func (s *Server) stepAnswer(c *core, from memberID, directory [16]byte, answer *rpc.Call) {
 	switch args := answer.Args.(type) {
 	case *call[appendArgs]:
 		if answer.Error != nil {
 			c.onAppendFailed(from, &args.V)
 		} else {
-			c.onAppendReply(from, &args.V, &answer.Reply.(*call[appendReply]).V)
+			r := &answer.Reply.(*call[appendReply]).V
+			r.directory = directory
+			c.onAppendReply(from, &args.V, r)
 		}
 	case *call[voteArgs]:
 		if answer.Error == nil {

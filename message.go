@@ -59,6 +59,8 @@ type appendReply struct {
 	Success bool
 	Hint    EntryID // after a refusal: the follower's newest entry that may match
 	Wanted  Index   // somebody on the follower waits to see this entry applied
+
+	directory [16]byte // whose connection it came on, as the handshake said; not sent
 }
 
 // forwardArgs carries proposals from a node that does not lead to the leader.

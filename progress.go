@@ -14,6 +14,7 @@ const (
 // of Figure 2, and its window of unanswered appends.
 type progress struct {
 	id        memberID
+	directory [16]byte // of the data directory that answered first; zero: none yet
 	state     progressState
 	next      Index // the next entry to send
 	match     Index // highest entry known to be durable there

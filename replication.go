@@ -245,6 +245,11 @@ func (c *core) onAppendReply(from memberID, a *appendArgs, r *appendReply) {
 	if c.role != Leader || p == nil || a.Term != c.currentTerm || r.Term != c.currentTerm {
 		return
 	}
+	if known := c.directoryOf(from); known == ([16]byte{}) {
+		p.directory = r.directory
+	} else if r.directory != known && r.directory != ([16]byte{}) {
+		return // another disk under this name: what it has is not what was counted
+	}
 	p.lastContact = c.now
 	p.paused = false
 	p.wanted = max(p.wanted, r.Wanted)
