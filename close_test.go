@@ -183,7 +183,7 @@ func (s *slowOpen) Open(ctx context.Context, id Identity) (Recovered, error) {
 func TestStartCancelled(t *testing.T) {
 	for _, ignores := range []bool{false, true} {
 		t.Run(fmt.Sprintf("ignored by storage %v", ignores), func(t *testing.T) {
-			defer leaktest.CheckTimeout(t, 100*time.Millisecond)()
+			defer leaktest.CheckContext(lookFor(100*time.Millisecond), t)()
 			memory := NewMemoryStorage()
 			storage := &slowOpen{Storage: memory, entered: make(chan struct{}), ignores: ignores}
 			l, err := net.Listen("tcp", "127.0.0.1:0")
@@ -210,7 +210,7 @@ func TestStartCancelled(t *testing.T) {
 }
 
 func TestStartListenFails(t *testing.T) {
-	defer leaktest.CheckTimeout(t, 100*time.Millisecond)()
+	defer leaktest.CheckContext(lookFor(100*time.Millisecond), t)()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
@@ -259,7 +259,7 @@ func TestCloseWithHungPeer(t *testing.T) {
 
 // Over TCP: two founders that accept connections and never say a word.
 func TestCloseWithMutePeersOverTCP(t *testing.T) {
-	defer leaktest.CheckTimeout(t, 100*time.Millisecond)()
+	defer leaktest.CheckContext(lookFor(100*time.Millisecond), t)()
 	var mute []net.Listener
 	members := []Member{{ID: "a", Addr: "127.0.0.1:1"}}
 	accepted := make(chan net.Conn, 100)
@@ -461,7 +461,7 @@ func TestCloseWithRunningApply(t *testing.T) {
 		}
 	}
 	t.Run("virtual", func(t *testing.T) {
-		defer leaktest.CheckTimeout(t, 100*time.Millisecond)()
+		defer leaktest.CheckContext(lookFor(100*time.Millisecond), t)()
 		synctest.Test(t, func(t *testing.T) {
 			b := newBlocker()
 			h := NewHarness(t, 1, WithStateMachine(func() StateMachine { return b }))
@@ -471,7 +471,7 @@ func TestCloseWithRunningApply(t *testing.T) {
 		})
 	})
 	t.Run("tcp", func(t *testing.T) {
-		defer leaktest.CheckTimeout(t, 100*time.Millisecond)()
+		defer leaktest.CheckContext(lookFor(100*time.Millisecond), t)()
 		b := newBlocker()
 		s := startOne(t, Config{StateMachine: b, Dir: t.TempDir()})
 		if _, _, err := s.WaitLeadership(t.Context()); err != nil {
@@ -530,7 +530,7 @@ func TestCloseWithSlowEventReader(t *testing.T) {
 // counts goroutines and file descriptors before and after. Run it with
 // -cycles=1000 for proof.
 func TestCycles(t *testing.T) {
-	defer leaktest.CheckTimeout(t, 100*time.Millisecond)()
+	defer leaktest.CheckContext(lookFor(100*time.Millisecond), t)()
 	dir := t.TempDir()
 	cycle := func() {
 		var servers []*Server

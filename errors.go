@@ -3,6 +3,7 @@ package raft
 import (
 	"errors"
 	"fmt"
+	"strings"
 )
 
 // Rejections: the proposal was not appended and will never commit. It may be
@@ -62,11 +63,12 @@ func (e *StillRunningError) Error() string {
 type ApplyError struct {
 	Index Index
 	Value any    // what panic was called with
-	Stack string // of the panic
+	Stack string // of the panic; not part of Error, which is one line
 }
 
 func (e *ApplyError) Error() string {
-	return fmt.Sprintf("raft: state machine panicked applying entry %d: %v; fix it and restart the node\n%s", e.Index, e.Value, e.Stack)
+	value, _, _ := strings.Cut(fmt.Sprintf("%v", e.Value), "\n")
+	return fmt.Sprintf("raft: state machine panicked applying entry %d: %s; fix it and restart the node", e.Index, value)
 }
 
 // IdentityError refuses a data directory that is not this node's.

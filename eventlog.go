@@ -2,6 +2,7 @@ package raft
 
 import (
 	"context"
+	"errors"
 	"iter"
 	"log/slog"
 	"sync"
@@ -110,7 +111,12 @@ func (l *eventLog) write(e Event) {
 			level = slog.LevelError
 		}
 	}
-	l.logger.LogAttrs(context.Background(), level, e.String(), slog.String("node", string(l.node)))
+	attrs := []slog.Attr{slog.String("node", string(l.node))}
+	var panicked *ApplyError
+	if errors.As(e.Err, &panicked) {
+		attrs = append(attrs, slog.String("stack", panicked.Stack))
+	}
+	l.logger.LogAttrs(context.Background(), level, e.String(), attrs...)
 }
 
 // all yields recent events, then live ones, until ctx ends or the node is dead.

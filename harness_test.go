@@ -59,7 +59,7 @@ func (r *recorder) Fatalf(format string, args ...any) {
 // with. leaktest sees to it that a failing test leaves nothing behind.
 func judged(t *testing.T, n int, f func(h *Harness), opts ...HarnessOption) (failures string, out string) {
 	t.Helper()
-	defer leaktest.CheckTimeout(t, 100*time.Millisecond)()
+	defer leaktest.CheckContext(lookFor(100*time.Millisecond), t)()
 	r := &recorder{name: t.Name()}
 	synctest.Test(t, func(t *testing.T) {
 		done := make(chan struct{})

@@ -163,7 +163,7 @@ func TestDirectoryRefused(t *testing.T) {
 		}, func(err error) bool { return errors.Is(err, vfs.ErrLocked) }, "in use by another node"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			defer leaktest.CheckTimeout(t, 100*time.Millisecond)()
+			defer leaktest.CheckContext(lookFor(100*time.Millisecond), t)()
 			c := usedDirectory(t)
 			test.prepare(t, &c)
 			before := contents(t, c.Dir)

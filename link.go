@@ -22,6 +22,7 @@ type link struct {
 	queue   []outgoing
 	running bool     // a goroutine owns the link
 	conn    net.Conn // the owner's, for hangup
+	hungUp  bool     // conn was closed by hangup: what is queued after that is not for it
 
 	wakeup  chan struct{}
 	answers chan *rpc.Call
@@ -85,6 +86,7 @@ func (l *link) hangup() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if l.conn != nil {
+		l.hungUp = true
 		l.conn.Close()
 	}
 }
@@ -153,7 +155,7 @@ func (o *linkOwner) send() {
 	if o.outstanding > 0 && time.Since(o.heard) >= o.server.linkPatience() {
 		o.disconnect() // it answers nothing: dial anew
 	}
-	if o.client != nil && o.client.Err() != nil {
+	if o.client != nil && (o.wasHungUp() || o.client.Err() != nil) {
 		o.disconnect() // it ended while it was idle: nothing must be lost in it
 	}
 	issued := false
@@ -272,7 +274,13 @@ func (o *linkOwner) answered(first *rpc.Call) {
 func (l *link) setConn(c net.Conn) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.conn = c
+	l.conn, l.hungUp = c, false
+}
+
+func (l *link) wasHungUp() bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.hungUp
 }
 
 // stepAnswer gives the answer to one call to the core.

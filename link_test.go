@@ -6,6 +6,7 @@ import (
 	"net"
 	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"example.com/raft/internal/memnet"
@@ -130,6 +131,38 @@ func TestForwardToHungLeader(t *testing.T) {
 		_, err := p.Wait(within(t, time.Minute))
 		if !errors.Is(err, ErrOutcomeUnknown) || time.Since(began) > time.Second {
 			t.Errorf("after %v: %v; want an unknown outcome within a second", time.Since(began), err)
+		}
+	})
+}
+
+// A step that hangs a connection up sends what it sends there on the next one:
+// nothing of it is lost, so nothing waits for the next heartbeat.
+func TestHangupLosesNothing(t *testing.T) {
+	virtual(t, 3, func(t *testing.T, h *Harness) {
+		leader, _ := h.CheckSingleLeader()
+		follower := other(h, leader, 1)
+		submit(t, h, leader, 0)
+		committedOn(h, 3, 0)
+		cm := h.Server(leader).cm
+		for i := range 50 {
+			if err := cm.queue.add(cmd(i+1), &Proposal{done: make(chan struct{})}); err != nil { // the step takes it
+				t.Fatal(err)
+			}
+			cm.step(func(c *core) {
+				id := c.configuration.byName(h.Server(follower).conf.ID).id
+				c.out.hangups = append(c.out.hangups, id)
+			})
+			synctest.Wait()
+			cm.mu.Lock()
+			last := cm.core.log.last
+			cm.mu.Unlock()
+			f := h.Server(follower).cm
+			f.mu.Lock()
+			got := f.core.log.last
+			f.mu.Unlock()
+			if got != last {
+				t.Fatalf("round %d: the follower's log ends at %d, the leader's at %d", i, got, last)
+			}
 		}
 	})
 }

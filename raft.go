@@ -262,6 +262,9 @@ func (cm *ConsensusModule) handOver(out *effects) {
 	if t := cm.threshold(); t != cm.stepAt.Load() {
 		cm.stepAt.Store(t)
 	}
+	for _, to := range out.hangups {
+		cm.transport.hangup(to) // first: what this step sends there belongs on the next connection
+	}
 	cm.outbox.add(out.msgs)
 	cm.released = cm.outbox.release(cm.released[:0], c.durableLSN, c.currentTerm, c.hardLSN)
 	for i, m := range cm.released {
@@ -271,9 +274,6 @@ func (cm *ConsensusModule) handOver(out *effects) {
 			cm.transport.send(m)
 		}
 		cm.released[i] = message{}
-	}
-	for _, to := range out.hangups {
-		cm.transport.hangup(to)
 	}
 	for _, q := range out.reads {
 		cm.transport.read(q)

@@ -21,9 +21,9 @@ import (
 // virtual runs f on a cluster in virtual time.
 func virtual(t *testing.T, n int, f func(t *testing.T, h *Harness), opts ...HarnessOption) {
 	t.Helper()
-	defer leaktest.CheckTimeout(t, 100*time.Millisecond)()
+	defer leaktest.CheckContext(lookFor(100*time.Millisecond), t)()
 	synctest.Test(t, func(t *testing.T) {
-		defer leaktest.CheckTimeout(t, 100*time.Millisecond)()
+		defer leaktest.CheckContext(lookFor(100*time.Millisecond), t)()
 		h := NewHarness(t, n, opts...)
 		defer h.Shutdown()
 		f(t, h)
@@ -33,7 +33,7 @@ func virtual(t *testing.T, n int, f func(t *testing.T, h *Harness), opts ...Harn
 // overTCP runs f on a cluster in real time.
 func overTCP(t *testing.T, n int, f func(t *testing.T, h *Harness), opts ...HarnessOption) {
 	t.Helper()
-	defer leaktest.CheckTimeout(t, 100*time.Millisecond)()
+	defer leaktest.CheckContext(lookFor(100*time.Millisecond), t)()
 	h := NewHarness(t, n, append(opts, WithTCP())...)
 	defer h.Shutdown()
 	f(t, h)

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -615,7 +616,7 @@ type fragileMachine struct {
 
 func (m *fragileMachine) Apply(e Entry) []byte {
 	if m.armed.Load() && bytes.HasPrefix(e.Data, []byte("poison")) {
-		panic("can't take " + string(e.Data))
+		panic("can't take " + string(e.Data) + "\nand says so at length")
 	}
 	m.got = append(m.got, string(e.Data))
 	return nil
@@ -637,7 +638,7 @@ func TestApplyPanics(t *testing.T) {
 		var failure *ApplyError
 		unknown(t, "the proposal that panicked", err, ErrOutcomeUnknown)
 		if !errors.As(err, &failure) || failure.Index == 0 || !strings.Contains(failure.Stack, "fragileMachine") ||
-			!strings.Contains(failure.Error(), "can't take poison") {
+			!strings.Contains(failure.Error(), "can't take poison") || strings.Contains(err.Error(), "\n") {
 			t.Fatalf("the proposal that panicked: %v", err)
 		}
 		if err := <-waits; !errors.As(err, &failure) {
@@ -718,4 +719,15 @@ func TestShutdownHandsOver(t *testing.T) {
 		}
 		h.nodes[next].running = false
 	})
+}
+
+// The log has the stack of a panic in Apply, which the error's one line leaves out.
+func TestPanicIsLoggedWithItsStack(t *testing.T) {
+	var out bytes.Buffer
+	l := &eventLog{node: "a", logger: slog.New(slog.NewTextHandler(&out, nil))}
+	l.add([]Event{{Kind: EventApplyFailed, Index: 7, Err: &ApplyError{Index: 7, Value: "no", Stack: "frames"}}})
+	l.log()
+	if s := out.String(); !strings.Contains(s, "stack=frames") || strings.Count(s, "\n") != 1 {
+		t.Errorf("logged %q", s)
+	}
 }

@@ -26,7 +26,7 @@ func diskOver(fs vfs.FS, dir string) *diskStorage {
 func forStorages(t *testing.T, f func(t *testing.T, reopen func() Storage)) {
 	for name, reopen := range storages(t) {
 		t.Run(name, func(t *testing.T) {
-			defer leaktest.CheckTimeout(t, 100*time.Millisecond)()
+			defer leaktest.CheckContext(lookFor(100*time.Millisecond), t)()
 			f(t, reopen)
 		})
 	}
@@ -152,7 +152,7 @@ func TestStorageAfterClose(t *testing.T) {
 }
 
 func TestStorageOpenCancelled(t *testing.T) {
-	defer leaktest.CheckTimeout(t, 100*time.Millisecond)()
+	defer leaktest.CheckContext(lookFor(100*time.Millisecond), t)()
 	fs := vfs.NewMem(rand.New(rand.NewPCG(1, 1)))
 	u, _ := open(t, diskOver(fs, "data"))
 	for i := range Index(100) {
@@ -180,7 +180,7 @@ func TestStorageOpenCancelled(t *testing.T) {
 func TestStorageDiskFails(t *testing.T) {
 	for _, kind := range []vfs.OpKind{vfs.OpWrite, vfs.OpSync} {
 		t.Run(kind.String(), func(t *testing.T) {
-			defer leaktest.CheckTimeout(t, 100*time.Millisecond)()
+			defer leaktest.CheckContext(lookFor(100*time.Millisecond), t)()
 			fs := vfs.NewMem(rand.New(rand.NewPCG(1, 1)))
 			u, _ := open(t, diskOver(fs, "data"))
 			u.save(Save{Entries: []Entries{run(1, 3, 1, 10)}})

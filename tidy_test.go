@@ -41,7 +41,7 @@ var coreImports = map[string][]string{
 	"math/bits":       {"Mul64"},
 	"math/rand/v2":    {"Rand"},
 	"slices":          nil,
-	"strings":         {"Join"},
+	"strings":         {"Cut", "Join"},
 	"sort":            {"Search"},
 	"time":            {"Time", "Duration", "Millisecond", "Unix"},
 }
