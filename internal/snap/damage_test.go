@@ -296,6 +296,11 @@ func TestForged(t *testing.T) {
 		{"a payload of 99", false, func(b []byte) { le.PutUint64(b[endAt+24:], 99) }},
 		{"a payload of 2^63", false, func(b []byte) { le.PutUint64(b[endAt+24:], 1<<63) }},
 		{"a payload of 2^64-1", false, func(b []byte) { le.PutUint64(b[endAt+24:], 1<<64-1) }},
+		{"a sum of lengths that overflows to the right one", false, func(b []byte) {
+			blocks := uint64(1<<64-1)/(64+sumSize) + 2
+			le.PutUint64(b[endAt+16:], blocks+1)
+			le.PutUint64(b[endAt+24:], 64*blocks+20)
+		}},
 		{"nothing, 2^64-1 bytes", false, func(b []byte) { le.PutUint64(b[endAt+16:], 0); le.PutUint64(b[endAt+24:], 1<<64-1) }},
 	} {
 		b := slices.Clone(whole)
@@ -322,6 +327,28 @@ func TestForged(t *testing.T) {
 	}
 	if n := fsys.OpenFiles(); n != 0 {
 		t.Errorf("%d files are open", n)
+	}
+}
+
+// TestLimits: files that keep to the format are refused if their blocks or
+// header are above the limits, and read at them.
+func TestLimits(t *testing.T) {
+	fsys := newMem(1)
+	for over := range 2 {
+		write(t, fsys, "a", nil, payload(2, 100), 5, maxBlockSize+over)
+		_, _, err := read(fsys, "a")
+		if o := typed(err); over == 1 && o != refused || over == 0 && err != nil {
+			t.Errorf("blocks %d above the limit: %v", over, err)
+		}
+		header := make([]byte, MaxHeaderBytes+over)
+		h := head{version: formatVersion, salt: 5, blockSize: 64, header: uint32(len(header)), headerCRC: checksum(0, header)}
+		b := h.encode()
+		e := end{sums: checksum(0, b[8:12])}
+		setFile(t, fsys, "a", slices.Concat(b, header, e.encode(5, int64(headSize+len(header)))))
+		_, _, err = read(fsys, "a")
+		if o := typed(err); over == 1 && o != refused || over == 0 && err != nil {
+			t.Errorf("a header %d above the limit: %v", over, err)
+		}
 	}
 }
 

@@ -224,7 +224,8 @@ func list(fsys vfs.FS, dir, suffix string) (names []string, err error) {
 }
 
 // Clean removes the temporary files that crashes have left. No Writer may be
-// at work in the directory.
+// at work in the directory. A power cut may bring them back, to be removed by
+// the next Clean.
 func Clean(fs vfs.FS, dir string) error {
 	names, err := list(fs, dir, tmpSuffix)
 	if err != nil || len(names) == 0 {
@@ -234,7 +235,7 @@ func Clean(fs vfs.FS, dir string) error {
 	for _, name := range names {
 		errs = append(errs, fs.Remove(filepath.Join(dir, name+tmpSuffix)))
 	}
-	if err := errors.Join(append(errs, fs.SyncDir(dir))...); err != nil {
+	if err := errors.Join(errs...); err != nil {
 		return fmt.Errorf("snap: remove temporary files: %w", err)
 	}
 	return nil

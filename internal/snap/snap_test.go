@@ -250,6 +250,30 @@ func TestDirectory(t *testing.T) {
 	}
 }
 
+// TestLateAbort: Abort of a Writer that has ended does not touch the next one.
+func TestLateAbort(t *testing.T) {
+	fs := newMem(1)
+	var before []*Writer
+	for _, end := range []func(*Writer) error{(*Writer).Commit, (*Writer).Abort, (*Writer).Commit} {
+		w, err := Create(fs, testDir, "a", nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, b := range before {
+			if err := b.Abort(); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := end(w); err != nil {
+			t.Fatal(err)
+		}
+		before = append(before, w)
+	}
+	if _, _, err := read(fs, "a"); err != nil {
+		t.Error(err)
+	}
+}
+
 // TestRemoveWhileOpen: a Reader goes on after its snapshot has been removed or
 // replaced, on the real file system too.
 func TestRemoveWhileOpen(t *testing.T) {
