@@ -99,6 +99,9 @@ func (l *simClients) arrive(s *sim) {
 func (s *sim) lag() Index {
 	lo, hi := ^Index(0), Index(0)
 	for _, n := range s.nodes {
+		if n.lost != "" {
+			continue
+		}
 		lo, hi = min(lo, s.book.durableCommitted(n)), max(hi, n.disk.last())
 		if n.core != nil {
 			hi = max(hi, n.core.log.last)

@@ -17,6 +17,7 @@ type simDisk struct {
 	config  []byte
 	staged  []Save
 	lsn     LSN   // durable position of this run
+	rotten  Index // an entry that can't be read, 0 if there is none
 	lowest  Index // the lowest index that changed since the checks looked, 0 if none did
 }
 
@@ -167,6 +168,9 @@ func (s *Save) parts() (out []Save) {
 func (d *simDisk) Read(lo, hi Index, maxBytes int) ([]Entries, error) {
 	if lo <= d.start.Index || hi > d.last() || lo > hi {
 		return nil, fmt.Errorf("simDisk: read %d to %d of %d to %d", lo, hi, d.start.Index+1, d.last())
+	}
+	if lo <= d.rotten && d.rotten <= hi {
+		return nil, &CorruptError{File: "simDisk", Found: fmt.Sprintf("entry %d", d.rotten), Do: doRestore}
 	}
 	i := int(lo - d.start.Index - 1)
 	j := i

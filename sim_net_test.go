@@ -181,6 +181,9 @@ const (
 	nemCampaign
 	nemCampaignMore // drawn twice as often
 	nemMinority
+	nemRot
+	nemWipe
+	nemFull
 	nemesisCount
 )
 
@@ -205,6 +208,7 @@ func (s *sim) nemesis() {
 	if leader != nil && (f == nemIsolateLeader || f == nemCrashLeader || f == nemDeafLeader || s.chance(0.3)) {
 		n = leader
 	}
+	f = s.feasible(f, n)
 	s.mix(uint64(f))
 	switch f {
 	case nemSplit:
@@ -265,6 +269,12 @@ func (s *sim) nemesis() {
 		s.compact(n)
 	case nemCampaign, nemCampaignMore:
 		s.campaign(n)
+	case nemRot:
+		s.rot(n)
+	case nemWipe:
+		s.wipe(n)
+	case nemFull:
+		s.fill(n)
 	case nemCrash, nemCrashLeader:
 		s.crashAndRestart(n)
 	case nemCrashAll:
@@ -348,10 +358,11 @@ func (s *sim) heal() {
 	}
 	slices.SortFunc(s.heap, func(a, b simEvent) int { return cmp.Or(cmp.Compare(a.at, b.at), cmp.Compare(a.seq, b.seq)) })
 	s.turn(turnHeal, 0)
-	alive := s.between(s.swarm.voters/2+1, s.swarm.voters)
 	order := s.rng.Perm(s.swarm.voters)
+	order = slices.DeleteFunc(order, func(i int) bool { return !s.nodes[i].sound() })
+	alive := s.between(s.swarm.voters/2+1, len(order))
 	for i := range s.core {
-		s.core[i] = i >= s.swarm.voters && s.chance(0.7)
+		s.core[i] = i >= s.swarm.voters && s.nodes[i].sound() && s.chance(0.7)
 	}
 	for _, i := range order[:alive] {
 		s.core[i] = true

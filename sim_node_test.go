@@ -30,6 +30,8 @@ type simNode struct {
 	released   []message     // scratch
 	restarting bool
 	restartSeq LSN
+	suspect    bool   // bits of its disk have rotted
+	lost       string // why it never runs again in this run of the simulator
 
 	pausedUntil time.Duration
 	deferred    []simEvent
@@ -71,9 +73,11 @@ func (s *sim) boot(n *simNode) {
 	if n.wal != nil {
 		var ok bool
 		if rec, ok = s.recover(n); !ok {
-			s.restartAfter(n, s.someTimeouts(0.001, 1))
 			return
 		}
+	} else if n.suspect {
+		s.loses(n, "its disk has rotted: it refuses to start")
+		return
 	} else {
 		rec, _ = n.disk.Open(context.Background(), Identity{})
 		rec.Tail = n.disk.tail(s.rng.IntN(4096))
@@ -151,10 +155,10 @@ func (s *sim) end(n *simNode) {
 		}
 		// The disk is read now and the answer takes its time, so that it may be old.
 		entries, err := n.readDisk(q.lo, q.hi, q.maxBytes)
-		if err != nil {
+		if err != nil && !s.mayFail(n, err) {
 			s.fail("node %d asks for entries %d to %d: %v", n.i, q.lo, q.hi, err)
 		}
-		s.push(simEvent{at: s.now + d, kind: evRead, node: n.i, run: n.run, read: &simRead{q, entries}})
+		s.push(simEvent{at: s.now + d, kind: evRead, node: n.i, run: n.run, read: &simRead{q, entries, err}})
 	}
 	s.startFlush(n)
 	s.armTimer(n)
@@ -254,6 +258,10 @@ func (s *sim) onNode(n *simNode, e simEvent) {
 	case evFlushed:
 		s.onFlushed(n, e)
 	case evRead:
+		if e.read.err != nil {
+			s.diskFails(n, e.read.err)
+			return
+		}
 		s.begin(n).entriesRead(e.read.entryRequest, e.read.entries)
 		s.end(n)
 	case evApply:
@@ -320,11 +328,7 @@ func (s *sim) onFlushed(n *simNode, e simEvent) {
 		return
 	}
 	if err != nil {
-		s.note(n.i, "the disk fails: %v", err)
-		s.begin(n).die(err)
-		s.end(n)
-		// The process may linger, dead, before its supervisor restarts it.
-		s.restartAfter(n, s.someTimeouts(0.01, 5))
+		s.diskFails(n, err)
 		return
 	}
 	s.book.diskChanged(s, n)
@@ -335,10 +339,22 @@ func (s *sim) onFlushed(n *simNode, e simEvent) {
 	s.end(n)
 }
 
+// diskFails ends a node whose disk has failed it.
+func (s *sim) diskFails(n *simNode, err error) {
+	s.note(n.i, "the disk fails: %v", err)
+	if n.core.role != Dead {
+		s.begin(n).die(err)
+		s.end(n)
+	}
+	// The process may linger, dead, before its supervisor restarts it.
+	s.restartAfter(n, s.someTimeouts(0.01, 5))
+}
+
 // simRead is the answer to a request for entries that are on disk only.
 type simRead struct {
 	entryRequest
 	entries []Entries
+	err     error
 }
 
 func (s *sim) onApply(n *simNode) {
@@ -353,7 +369,11 @@ func (s *sim) onApply(n *simNode) {
 	if !ok {
 		var err error
 		if runs, err = n.readDisk(lo, min(c.commitIndex, c.log.firstInMemory()-1), limit); err != nil {
-			s.fail("node %d can't read committed entry %d: %v", n.i, lo, err)
+			if !s.mayFail(n, err) {
+				s.fail("node %d can't read committed entry %d: %v", n.i, lo, err)
+			}
+			s.diskFails(n, err)
+			return
 		}
 	}
 	var settled []*Proposal
@@ -429,6 +449,9 @@ func (s *sim) crashAndRestart(n *simNode) {
 
 // restartAfter starts the node again; a dead process ends first.
 func (s *sim) restartAfter(n *simNode, d time.Duration) {
+	if n.lost != "" {
+		return
+	}
 	n.restarting = true
 	n.restartSeq++
 	s.push(simEvent{at: s.now + d, kind: evRestart, node: n.i, lsn: n.restartSeq})
@@ -454,7 +477,9 @@ func (s *sim) compact(n *simNode) {
 	}
 	hi := min(n.applied, n.core.durableIndex)
 	for _, o := range s.nodes {
-		hi = min(hi, s.book.durableCommitted(o))
+		if o.lost == "" {
+			hi = min(hi, s.book.durableCommitted(o))
+		}
 	}
 	if lo := n.core.log.start.Index; hi > lo {
 		i := lo + 1 + Index(s.rng.Int64N(int64(hi-lo)))

@@ -1,13 +1,16 @@
 package raft
 
 import (
+	"crypto/sha256"
 	"errors"
 	flags "flag"
 	"fmt"
 	"math/rand/v2"
 	"os"
+	"runtime"
 	"runtime/debug"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -22,6 +25,7 @@ var (
 	simDuration = flags.Duration("sim.duration", 0, "run fresh seeds for this long instead")
 	simBase     = flags.Uint64("sim.base", 0, "first of the fresh seeds; 0 draws one")
 	simDiskFlag = flags.String("sim.disk", "", "model or wal: the same disk for all seeds, instead of what each seed draws")
+	simHashes   = flags.Int("sim.hashes", 0, "print one digest of the traces of this many seeds from -sim.base, or 1, on")
 	simTrace    = flags.Bool("sim.trace", false, "print every event of the run")
 	simFaults   = flags.String("sim.faults", "", "with -sim.seed: only these faults, as a failure prints them, or none")
 	simShrink   = flags.Duration("sim.shrink", 20*time.Second, "how long to look for a smaller schedule of faults when a seed fails")
@@ -95,6 +99,7 @@ type simSwarm struct {
 	lagMax        Index // clients pause while a node is this far behind
 	rounds        int
 	roundTimeouts int // length of a round of faults in election timeouts
+	losses        int // how many voters may lose their disk; always a minority
 }
 
 type sim struct {
@@ -124,6 +129,7 @@ type sim struct {
 	steps            int
 	judged           int // histories that porcupine saw
 	refused, hangups int // appends refused by followers of the same term, connections given up
+	losses           simLosses
 	hash             uint64
 	ring             []simRecord
 	done             bool
@@ -153,15 +159,18 @@ type simResult struct {
 	judged    int         // histories that porcupine judged
 	class     string      // of err: which check failed
 	struck    []simStrike // the faults, in order
+	losses    simLosses
 	timeout   time.Duration
 	tail      string
 }
 
 // simPlan says how a seed is run other than the seed itself says.
 type simPlan struct {
+	test  string            // that runs it; for the command that replays it
 	disk  string            // model or wal; empty: what the seed draws
 	only  map[simFault]bool // no other faults strike; nil: whatever the dice say
 	until time.Duration     // give up then, if positive
+	tune  func(*simSwarm)   // changes what the seed drew
 	check func(*sim)        // an invariant of a test's own, after each event
 }
 
@@ -169,7 +178,7 @@ type simPlan struct {
 func runSim(seed uint64, plan simPlan) (res simResult) {
 	s := newSim(seed, plan)
 	defer func() {
-		res.struck, res.timeout = s.struck, s.swarm.timeout
+		res.struck, res.timeout, res.losses = s.struck, s.swarm.timeout, s.losses
 		res.hash, res.steps, res.simulated, res.healTimes = s.hash, s.steps, s.now, s.healTimes
 		res.committed, res.elections = Index(len(s.book.committed)), s.book.elections
 		res.judged = s.judged
@@ -216,6 +225,9 @@ func newSim(seed uint64, plan simPlan) *sim {
 	s.turn(turnSetup, 0)
 	s.ring = make([]simRecord, 0, 512)
 	s.drawSwarm()
+	if plan.tune != nil {
+		plan.tune(&s.swarm)
+	}
 	s.links = make([]simLink, s.swarm.nodes*s.swarm.nodes)
 	s.build()
 	return s
@@ -313,6 +325,9 @@ func (s *sim) drawSwarm() {
 	if s.chance(0.15) { // a history that an independent judge can take in
 		w.clientEvery = time.Duration(t * s.logUniform(0.5, 4))
 		w.batchMax, w.rounds = 1, 1
+	}
+	if s.chance(0.4) {
+		w.losses = s.between(1, 3)
 	}
 }
 
@@ -545,6 +560,7 @@ func (s *sim) resume(n *simNode) {
 type simSummary struct {
 	seeds, steps, elections int
 	judged                  int
+	losses                  simLosses
 	answered, unknown       int
 	committed               Index
 	simulated, wall         time.Duration
@@ -554,6 +570,7 @@ type simSummary struct {
 func (t *simSummary) add(r simResult) {
 	t.seeds++
 	t.judged += r.judged
+	t.losses.add(r.losses)
 	t.steps += r.steps
 	t.elections += r.elections
 	t.answered += r.ok
@@ -571,26 +588,15 @@ func (t *simSummary) String() string {
 		}
 		return t.heals[int(p*float64(len(t.heals)-1))]
 	}
-	return fmt.Sprintf("%d seeds, %d steps in %v (%.0f/s), %v simulated (%.0f times real time), %d committed, %d elections, %d answered, %d unknown, %d histories judged by porcupine; %d times healed: p50 %.2f p99 %.2f max %.2f election timeouts",
+	return fmt.Sprintf("%d seeds, %d steps in %v (%.0f/s), %v simulated (%.0f times real time), %d committed, %d elections, %d answered, %d unknown, %d histories judged by porcupine; disks: %+v; %d times healed: p50 %.2f p99 %.2f max %.2f election timeouts",
 		t.seeds, t.steps, t.wall.Round(time.Millisecond), float64(t.steps)/t.wall.Seconds(), t.simulated.Round(time.Second), t.simulated.Seconds()/t.wall.Seconds(),
-		t.committed, t.elections, t.answered, t.unknown, t.judged, len(t.heals), at(0.5), at(0.99), at(1))
+		t.committed, t.elections, t.answered, t.unknown, t.judged, t.losses, len(t.heals), at(0.5), at(0.99), at(1))
 }
 
 // TestSim runs fresh seeds, or the one of -sim.seed.
 func TestSim(t *testing.T) {
 	if *simSeed != 0 {
-		started := time.Now()
-		plan := simPlan{disk: *simDiskFlag}
-		if *simFaults != "" {
-			var err error
-			if plan.only, err = parseFaults(*simFaults); err != nil {
-				t.Fatal(err)
-			}
-		}
-		res := runSim(*simSeed, plan)
-		reportSim(t, *simSeed, plan, res)
-		t.Logf("seed %d: hash %016x, %d steps in %v, %v simulated, %d committed, %d elections, %d answered, %d unknown, healed in %.2f timeouts",
-			*simSeed, res.hash, res.steps, time.Since(started), res.simulated, res.committed, res.elections, res.ok, res.lost, res.healTimes)
+		replaySim(t, simPlan{test: "TestSim", disk: *simDiskFlag})
 		return
 	}
 	base := *simBase
@@ -611,7 +617,7 @@ func runSeeds(t *testing.T, base uint64, n int, d time.Duration) *simSummary {
 	started := time.Now()
 	for i := 0; (d > 0 && time.Since(started) < d) || (d <= 0 && i < n); i++ {
 		seed := base + uint64(i)
-		plan := simPlan{disk: *simDiskFlag}
+		plan := simPlan{test: "TestSim", disk: *simDiskFlag}
 		res := runSim(seed, plan)
 		sum.add(res)
 		if h := slices.Max(append(res.healTimes, 0)); h > 6 {
@@ -626,12 +632,72 @@ func runSeeds(t *testing.T, base uint64, n int, d time.Duration) *simSummary {
 	return sum
 }
 
+// TestSimHashes prints one digest of the traces of many seeds. It must be the
+// same however the test is run: on one processor or on several, with the race
+// detector or without.
+func TestSimHashes(t *testing.T) {
+	if *simHashes == 0 {
+		t.Skip("needs -sim.hashes")
+	}
+	base := max(*simBase, 1)
+	digest := sha256.New()
+	started := time.Now()
+	steps := 0
+	for seed := base; seed < base+uint64(*simHashes); seed++ {
+		plan := simPlan{test: "TestSim", disk: *simDiskFlag}
+		res := runSim(seed, plan)
+		reportSim(t, seed, plan, res)
+		steps += res.steps
+		fmt.Fprintf(digest, "%d %016x %d %d %d\n", seed, res.hash, res.steps, len(res.struck), res.committed)
+	}
+	fmt.Printf("seeds %d to %d, %d steps in %v, GOMAXPROCS %d, race %v: digest %x\n",
+		base, base+uint64(*simHashes)-1, steps, time.Since(started).Round(time.Second), runtime.GOMAXPROCS(0), raceEnabled, digest.Sum(nil)[:16])
+}
+
+// TestSimRegressions runs the seeds of testdata/sim/seeds.txt.
+func TestSimRegressions(t *testing.T) {
+	b, err := os.ReadFile("testdata/sim/seeds.txt")
+	if err != nil {
+		t.Fatal(err)
+	}
+	ran := 0
+	for line := range strings.Lines(string(b)) {
+		what, why, _ := strings.Cut(line, "#")
+		words := strings.Fields(what)
+		if len(words) == 0 {
+			continue
+		}
+		plan := simPlan{test: "TestSim"}
+		seed, err := strconv.ParseUint(words[0], 10, 64)
+		for _, w := range words[1:] {
+			key, value, _ := strings.Cut(w, "=")
+			switch {
+			case key == "disk" && (value == "model" || value == "wal"):
+				plan.disk = value
+			case key == "faults" && err == nil:
+				plan.only, err = parseFaults(value)
+			default:
+				t.Fatalf("seeds.txt: %q is neither disk=model, disk=wal nor faults=...", w)
+			}
+		}
+		if err != nil || strings.TrimSpace(why) == "" {
+			t.Fatalf("seeds.txt: %q: want a seed, what it needs, and # why: %v", line, err)
+		}
+		ran++
+		reportSim(t, seed, plan, runSim(seed, plan))
+	}
+	if ran == 0 {
+		t.Error("no seeds")
+	}
+}
+
 // TestSimReplays runs seeds twice: a simulation that does not repeat itself
 // can't be debugged.
 func TestSimReplays(t *testing.T) {
 	for seed := uint64(1); seed <= 8; seed++ {
-		a, b := runSim(seed, simPlan{}), runSim(seed, simPlan{})
-		reportSim(t, seed, simPlan{}, a)
+		plan := simPlan{test: "TestSim"}
+		a, b := runSim(seed, plan), runSim(seed, plan)
+		reportSim(t, seed, plan, a)
 		if a.hash != b.hash || a.steps != b.steps {
 			t.Errorf("seed %d: hash %016x after %d steps, then %016x after %d", seed, a.hash, a.steps, b.hash, b.steps)
 		}

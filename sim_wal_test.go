@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"math/rand/v2"
+	"time"
 
 	"example.com/raft/internal/vfs"
 	"example.com/raft/internal/wal"
@@ -23,6 +24,10 @@ type simWAL struct {
 	ops     int   // operations left until the next one fails with err, 0 if none will
 	err     error // with which it fails
 	fired   bool
+	changes int // operations so far that changed what is on the disk
+
+	full      bool // until fullUntil; it then has space again
+	fullUntil time.Duration
 }
 
 var errSimPower = errors.New("power failure")
@@ -34,17 +39,25 @@ func newSimWAL(s *sim, n *simNode) *simWAL {
 		MinSegmentBytes: 16384, MaxSegmentBytes: 16384 << s.rng.IntN(3), MaxSpares: s.between(-1, 2),
 		Rand: rng.Uint64, PrepareInline: true,
 	}
-	w.mem.SetHook(func(op vfs.Op) error {
-		if w.ops == 0 || !op.Kind.Changes() {
-			return nil
-		}
-		if w.ops--; w.ops > 0 {
-			return nil
-		}
-		w.fired = true
-		return w.err
-	})
+	w.mem.SetHook(w.hook)
 	return w
+}
+
+func (w *simWAL) hook(op vfs.Op) error {
+	if !op.Kind.Changes() {
+		return nil
+	}
+	if op.Kind != vfs.OpSync && op.Kind != vfs.OpSyncDir {
+		w.changes++
+	}
+	if w.ops == 0 {
+		return nil
+	}
+	if w.ops--; w.ops > 0 {
+		return nil
+	}
+	w.fired = true
+	return w.err
 }
 
 // failSoon makes one of the next operations that change the disk fail.
@@ -88,9 +101,11 @@ func (w *simWAL) stop(power bool) {
 }
 
 // recover opens the real log and lets the model follow it. It returns false if
-// the power failed again meanwhile.
+// the node did not start; unless it is lost, it will try again.
 func (s *sim) recover(n *simNode) (Recovered, bool) {
 	w, d := n.wal, n.disk
+	s.makeSpace(n)
+	changes := w.changes
 	if s.strikes(faultPowerRecovery, n.i, 0.1) {
 		w.failSoon(errSimPower, 12)
 	}
@@ -99,11 +114,13 @@ func (s *sim) recover(n *simNode) (Recovered, bool) {
 		w.fired = false
 		w.stop(false)
 		s.note(n.i, "the power fails during recovery")
+		s.restartAfter(n, s.someTimeouts(0.001, 1))
 		return rec, false
 	}
 	w.ops, w.fired = 0, false
 	if err != nil {
-		s.fail("node %d does not start: %v", n.i, err)
+		s.doesNotStart(n, err, w.changes-changes)
+		return rec, false
 	}
 	var parts []Save
 	for i := range d.staged {
@@ -186,6 +203,10 @@ func (n *simNode) appendDisk(save Save) {
 }
 
 func (n *simNode) readDisk(lo, hi Index, maxBytes int) ([]Entries, error) {
+	if n.s.strikes(faultReadFail, n.i, n.s.swarm.flushFailP) {
+		n.s.losses.ReadErrors++
+		return nil, errSimDisk
+	}
 	if n.wal == nil {
 		return n.disk.Read(lo, hi, maxBytes)
 	}
@@ -203,6 +224,7 @@ func (n *simNode) readDisk(lo, hi Index, maxBytes int) ([]Entries, error) {
 // failed during it and errSimDisk if the disk did.
 func (n *simNode) flushDisk(lsn LSN) (LSN, error) {
 	s, w := n.s, n.wal
+	s.makeSpace(n)
 	fails := s.strikes(faultFlushFail, n.i, s.swarm.flushFailP)
 	if w == nil {
 		if fails {
@@ -218,12 +240,12 @@ func (n *simNode) flushDisk(lsn LSN) (LSN, error) {
 		w.failSoon(errSimPower, 4)
 	}
 	if s.chance(0.02) && w.ops == 0 {
-		if err := w.storage.log.Prepare(); err != nil {
+		if err := w.storage.log.Prepare(); err != nil && !s.mayFail(n, err) {
 			s.fail("node %d prepares a segment: %v", n.i, err)
 		}
 	}
 	lsn, err := w.storage.Flush()
-	if err != nil && !w.fired {
+	if err != nil && !w.fired && !s.mayFail(n, err) {
 		s.fail("node %d can't flush a sound disk: %v", n.i, err)
 	}
 	if err == nil && s.chance(0.05) && w.ops == 0 {

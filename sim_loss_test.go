@@ -1,0 +1,263 @@
+package raft
+
+import (
+	"errors"
+	"math/rand/v2"
+	"path/filepath"
+	"testing"
+
+	"example.com/raft/internal/vfs"
+)
+
+// simLosses counts what disks lost or refused.
+type simLosses struct {
+	Rotted       int // disks in which bits turned over
+	RefusedStart int // starts refused because of that
+	RefusedRead  int // reads refused because of that
+	Wiped        int // directories emptied
+	Filled       int // disks that became full
+	FullWrites   int // writes that failed for lack of space
+	FullStarts   int // starts that failed for lack of space
+	ReadErrors   int // reads that failed and may succeed later
+}
+
+func (l *simLosses) add(o simLosses) {
+	l.Rotted += o.Rotted
+	l.RefusedStart += o.RefusedStart
+	l.RefusedRead += o.RefusedRead
+	l.Wiped += o.Wiped
+	l.Filled += o.Filled
+	l.FullWrites += o.FullWrites
+	l.FullStarts += o.FullStarts
+	l.ReadErrors += o.ReadErrors
+}
+
+// sound tells whether the node has never lost any of what its disk was told to keep.
+func (n *simNode) sound() bool { return n.lost == "" && !n.suspect }
+
+// mayLose tells whether the node's disk may be lost: what a Raft cluster
+// survives is the loss of a minority of its voters. A seed draws how many of
+// those it makes use of.
+func (s *sim) mayLose(n *simNode) bool {
+	if !n.sound() || s.swarm.losses == 0 {
+		return false
+	}
+	gone := 0
+	for _, o := range s.nodes[:s.swarm.voters] {
+		if !o.sound() {
+			gone++
+		}
+	}
+	return n.i >= s.swarm.voters || gone < min(s.swarm.losses, (s.swarm.voters-1)/2)
+}
+
+// feasible replaces a fault of the disk that can't strike the node, or that the
+// cluster would not survive, by a crash.
+func (s *sim) feasible(f int, n *simNode) int {
+	switch {
+	case f == nemRot && (!s.mayLose(n) || n.core == nil || n.core.role == Dead),
+		f == nemWipe && !s.mayLose(n),
+		f == nemFull && (n.wal == nil || n.lost != ""):
+		return nemCrash
+	}
+	return f
+}
+
+// loses takes a node out of this run for good. Its model keeps what its disk
+// held, because what was committed with its help stays committed.
+func (s *sim) loses(n *simNode, why string) {
+	s.note(n.i, "is lost: %s", why)
+	n.lost = why
+	n.restarting = false
+	n.restartSeq++
+}
+
+// rot turns over one bit of what is durable on a node's disk. The node runs on;
+// its next start or a read must refuse what it finds, or find all that it
+// wrote. The log is sealed first, as it is when it has been idle for a moment:
+// damage to a batch that is not sealed can't be told from a torn write, which
+// the tests of internal/wal count apart.
+func (s *sim) rot(n *simNode) {
+	n.suspect = true
+	s.losses.Rotted++
+	if n.wal == nil {
+		n.disk.rotten = n.disk.start.Index + 1 + Index(s.rng.Int64N(int64(n.disk.last()-n.disk.start.Index)+1))
+		s.note(n.i, "entry %d rots", n.disk.rotten)
+		return
+	}
+	w := n.wal
+	s.makeSpace(n)
+	if err := w.storage.Seal(); err != nil {
+		s.fail("node %d can't seal: %v", n.i, err)
+	}
+	name, off := w.somewhere(s)
+	bit := uint(s.rng.IntN(8))
+	if err := w.mem.FlipBit(name, off, bit); err != nil {
+		s.fail("node %d: %v", n.i, err)
+	}
+	s.note(n.i, "bit %d of byte %d of %s rots", bit, off, name)
+}
+
+// somewhere draws a byte of the disk that is not zero: half of the time one of
+// the newest 4096, because those are read again.
+func (w *simWAL) somewhere(s *sim) (name string, off int64) {
+	files := []string{"node/identity"}
+	names, err := w.mem.List("node/wal")
+	if err != nil {
+		s.fail("list a log: %v", err)
+	}
+	for _, f := range names {
+		files = append(files, filepath.Join("node/wal", f))
+	}
+	newest := s.chance(0.5)
+	for k := len(files) - 1; ; k-- {
+		if name = files[max(k, 0)]; !newest {
+			name = files[s.rng.IntN(len(files))]
+		}
+		var used []int64
+		for i, c := range w.contents(s, name) {
+			if c != 0 {
+				used = append(used, int64(i))
+			}
+		}
+		if newest {
+			used = used[max(0, len(used)-4096):]
+		}
+		if len(used) > 0 { // not a lock
+			return name, used[s.rng.IntN(len(used))]
+		}
+	}
+}
+
+func (w *simWAL) contents(s *sim, name string) []byte {
+	f, err := w.mem.Open(name)
+	if err != nil {
+		s.fail("open %s: %v", name, err)
+	}
+	defer f.Close()
+	size, err := f.Size()
+	b := make([]byte, size)
+	if err == nil && size > 0 {
+		_, err = f.ReadAt(b, 0)
+	}
+	if err != nil {
+		s.fail("read %s: %v", name, err)
+	}
+	return b
+}
+
+// wipe empties a node's directory. What starts there next is not the node that
+// was there: it finds no term, no vote, no entry and no configuration, and so
+// it asks to join, under a new directory ID, and its peers refuse it until
+// somebody replaces the old member (identity_test.go). The simulator has no
+// such layer: it checks that nothing of the old node is found, and the node is
+// gone for the rest of the run.
+func (s *sim) wipe(n *simNode) {
+	s.losses.Wiped++
+	s.crash(n)
+	s.loses(n, "its directory was wiped")
+	if n.wal == nil {
+		return
+	}
+	w := n.wal
+	w.mem = vfs.NewMem(rand.New(rand.NewPCG(s.seed, uint64(n.i)+777)))
+	rec, err := w.open(1 << 20)
+	if err != nil {
+		s.fail("node %d does not start in an empty directory: %v", n.i, err)
+	}
+	if rec.HardState != (HardState{}) || rec.Start != (EntryID{}) || rec.Last != 0 || rec.Config != nil || rec.Boot != 1 {
+		s.fail("node %d finds %+v in an empty directory", n.i, rec)
+	}
+	if err := w.storage.Close(); err != nil {
+		s.fail("node %d: close: %v", n.i, err)
+	}
+}
+
+// fill leaves a node's disk without space for another segment, for a while.
+func (s *sim) fill(n *simNode) {
+	w := n.wal
+	s.losses.Filled++
+	w.full, w.fullUntil = true, s.now+s.someTimeouts(0.2, 20)
+	w.mem.SetCapacity(w.mem.Used() + s.rng.Int64N(8192) + 1)
+	s.note(n.i, "its disk is full until %v", w.fullUntil)
+}
+
+// makeSpace frees a full disk when its time has come.
+func (s *sim) makeSpace(n *simNode) {
+	if w := n.wal; w != nil && w.full && (s.now >= w.fullUntil || !s.faulty) {
+		w.full = false
+		w.mem.SetCapacity(0)
+	}
+}
+
+// refusesDamage tells whether an error says that what is on disk is damaged.
+func refusesDamage(err error) bool {
+	var corrupt *CorruptError
+	var identity *IdentityError
+	return errors.As(err, &corrupt) && corrupt.Do != "" || errors.As(err, &identity) && identity.Do != ""
+}
+
+// mayFail tells whether the faults that struck the node's disk account for an
+// error, and counts it.
+func (s *sim) mayFail(n *simNode, err error) bool {
+	switch {
+	case errors.Is(err, errSimDisk):
+		return true
+	case n.suspect && refusesDamage(err):
+		s.losses.RefusedRead++
+		return true
+	case n.wal != nil && n.wal.full && vfs.IsNoSpace(err):
+		s.losses.FullWrites++
+		return true
+	}
+	return false
+}
+
+// doesNotStart judges a start that failed, after some changes to the disk.
+func (s *sim) doesNotStart(n *simNode, err error, changes int) {
+	s.note(n.i, "does not start: %v", err)
+	if k := n.wal.mem.OpenFiles(); k != 0 {
+		s.fail("node %d leaves %d files open after it did not start: %v", n.i, k, err)
+	}
+	n.wal.stop(true)
+	switch {
+	case n.suspect && refusesDamage(err):
+		if changes != 0 {
+			s.fail("node %d refuses what has rotted, after it changed the disk %d times: %v", n.i, changes, err)
+		}
+		s.losses.RefusedStart++
+		s.loses(n, "its disk has rotted: it refuses to start")
+	case n.wal.full && vfs.IsNoSpace(err):
+		s.losses.FullStarts++
+		s.restartAfter(n, s.someTimeouts(0.5, 4))
+	default:
+		s.fail("node %d does not start: %v", n.i, err)
+	}
+}
+
+// TestSimDiskFaults: disks that rot, are wiped or become full, often. Nodes
+// refuse damage and say so, nodes without space end and come back, and the
+// cluster goes on.
+func TestSimDiskFaults(t *testing.T) {
+	plan := simPlan{test: "TestSimDiskFaults", disk: "wal", tune: func(w *simSwarm) {
+		w.nodes, w.voters, w.losses, w.rounds = 5, 5, 2, 2
+		w.nemeses = []int{nemRot, nemWipe, nemFull, nemCrashAll, nemPause, nemClog, nemSplit, nemHealNet}
+		w.nemesisEvery = w.timeout
+		w.clientEvery = w.timeout / 20
+		w.tailBytes, w.flushFailP, w.boundaryP = 100, 0.002, 0
+	}}
+	var got simLosses
+	if *simSeed != 0 {
+		replaySim(t, plan)
+		return
+	}
+	for seed := uint64(1); seed <= 14; seed++ {
+		res := runSim(seed, plan)
+		reportSim(t, seed, plan, res)
+		got.add(res.losses)
+	}
+	t.Logf("%+v", got)
+	if got.RefusedStart == 0 || got.RefusedRead == 0 || got.Wiped == 0 || got.FullWrites == 0 || got.FullStarts == 0 || got.ReadErrors == 0 {
+		t.Errorf("some fault did not happen, or had no effect: %+v", got)
+	}
+}
