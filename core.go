@@ -49,6 +49,9 @@ type core struct {
 	matchesScratch  []Index
 	contactsScratch []time.Time
 
+	beatAt     time.Time // of the last heartbeat
+	graceUntil time.Time // after a stall, a quorum is not missed before; zero once one is heard
+
 	// What was handed to storage, and what of it is durable.
 	lsn          LSN // of the newest save
 	durableLSN   LSN

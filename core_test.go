@@ -54,6 +54,16 @@ func elect(t *testing.T, c *core) (sent []message) {
 	return persist(t, c)
 }
 
+// loseQuorum lets a leader's heartbeats go unanswered until it steps down.
+func loseQuorum(t *testing.T, c *core) {
+	t.Helper()
+	for c.role == Leader {
+		c.now = c.now.Add(c.limits.heartbeatInterval)
+		c.heartbeat()
+		persist(t, c)
+	}
+}
+
 func proposeOne(t *testing.T, c *core, data string) []message {
 	t.Helper()
 	var b entryBuilder
@@ -189,6 +199,9 @@ func TestRefusalBehindLaterAcknowledgement(t *testing.T) {
 	if len(again) != 1 || again[0].lastIndex() != two[0].lastIndex() {
 		t.Errorf("sent %+v, want entry %d again", again, two[0].lastIndex())
 	}
+	if p := c.progressOf(2); p.match != one[0].lastIndex() {
+		t.Errorf("match is %d: what was acknowledged is taken for lost", p.match)
+	}
 }
 
 // Entries that were read from disk for a leader of one term must not be sent
@@ -229,5 +242,114 @@ func TestReadOfAnEarlierTermIsDropped(t *testing.T) {
 	}
 	if p := c.progressOf(2); !p.reading {
 		t.Error("the read of this leadership is not waited for any more")
+	}
+}
+
+// A follower that lost what it had acknowledged is found out by the first
+// append that it refuses, and brought up again, without a heartbeat.
+func TestLostDataIsFoundByAnAppend(t *testing.T) {
+	c, f := testCore(t, 1, 3), testCore(t, 2, 3)
+	ack(c, 2, appendsTo(2, elect(t, c))[0])
+	persist(t, c)
+	if p := c.progressOf(2); p.match != 2 {
+		t.Fatalf("match is %d", p.match)
+	}
+	sent := appendsTo(2, proposeOne(t, c, "x")) // and f has entry 1 only
+	lost := 0
+	for round := 0; len(sent) > 0; round++ {
+		if round == 5 {
+			t.Fatalf("the leader still sends entries after %v, and the follower's log ends at %d", sent[0].Prev, f.log.last)
+		}
+		a := sent[0]
+		f.onAppendRequest(a, nil)
+		c.onAppendReply(2, a, persist(t, f)[0].appendReply)
+		for _, e := range c.out.events {
+			if e.Kind == EventFollowerLostData && e.Index == 2 {
+				lost++
+			}
+		}
+		sent = appendsTo(2, persist(t, c))
+	}
+	if f.log.last != 3 || c.progressOf(2).match != 3 || lost != 1 {
+		t.Errorf("the follower's log ends at %d, match is %d, the loss was told %d times", f.log.last, c.progressOf(2).match, lost)
+	}
+}
+
+// A leader that did not run for a while takes a heartbeat's time to read the
+// answers that wait, before it misses its quorum. It does so once.
+func TestStalledLeaderReadsAnswersFirst(t *testing.T) {
+	steps := map[string]func(c *core){"timer": (*core).tick, "heartbeat": (*core).heartbeat}
+	for name, step := range steps {
+		for _, stall := range []time.Duration{950 * time.Millisecond, time.Hour} {
+			t.Run(name+" after "+stall.String(), func(t *testing.T) {
+				c := testCore(t, 1, 3)
+				first := appendsTo(2, elect(t, c))[0]
+				ack(c, 2, first)
+				persist(t, c)
+				c.now = c.now.Add(50 * time.Millisecond)
+				c.heartbeat()
+				persist(t, c)
+				beat := &appendArgs{Term: c.currentTerm, Leader: 1, Heartbeat: true}
+				interval := c.limits.heartbeatInterval
+
+				c.now = c.now.Add(stall)
+				step(c)
+				persist(t, c)
+				if c.role != Leader {
+					t.Fatal("it gave up before it had read anything")
+				}
+				c.now = c.now.Add(interval / 2) // the ticker's next tick may be due soon
+				c.heartbeat()
+				c.tick()
+				persist(t, c)
+				if c.role != Leader {
+					t.Fatal("it gave up before a heartbeat's time was over")
+				}
+				c.onAppendReply(2, beat, &appendReply{Term: c.currentTerm, Success: true})
+				for range 9 { // all is well for almost an election timeout
+					c.now = c.now.Add(interval)
+					c.heartbeat()
+					c.tick()
+					persist(t, c)
+				}
+				if c.role != Leader {
+					t.Fatal("it gave up although it had heard from a majority")
+				}
+
+				c.now = c.now.Add(stall) // again, and nobody answers
+				step(c)
+				persist(t, c)
+				if c.role != Leader {
+					t.Fatal("a second stall is not forgiven although a majority was heard after the first")
+				}
+				c.now = c.now.Add(c.electionDeadline.Sub(c.now))
+				c.tick()
+				persist(t, c)
+				if c.role == Leader {
+					t.Fatal("it leads on without a majority")
+				}
+			})
+		}
+	}
+}
+
+// However often a leader without a majority stalls, it gives up: an election
+// timeout, one stall and one heartbeat after it last heard from a majority.
+func TestStallsDoNotKeepALeader(t *testing.T) {
+	c := testCore(t, 1, 3)
+	elect(t, c)
+	began := c.now
+	stall := 3 * c.limits.heartbeatInterval
+	for c.role == Leader {
+		if c.now.Sub(began) > c.limits.electionTimeout+stall+c.limits.heartbeatInterval {
+			t.Fatalf("it still leads after %v", c.now.Sub(began))
+		}
+		c.now = c.now.Add(stall)
+		c.heartbeat()
+		c.tick()
+		persist(t, c)
+	}
+	if c.now.Sub(began) <= c.limits.electionTimeout {
+		t.Errorf("it gave up after %v", c.now.Sub(began))
 	}
 }

@@ -228,6 +228,7 @@ func (c *core) becomeLeader() {
 	c.progress, c.heartbeatLast, c.lastHeartbeat = nil, c.log.last+1, c.log.last+1
 	c.trackMembers(c.log.last + 1)
 	c.electionDeadline = c.now.Add(c.limits.electionTimeout)
+	c.beatAt, c.graceUntil = c.now, time.Time{}
 	c.emit(Event{Kind: EventRole, Role: Leader})
 	c.firstOfTerm = c.log.last + 1
 	c.appendLocal(makeEntry(entryNoop, EntryID{c.firstOfTerm, c.currentTerm}, c.stamp(), nil))

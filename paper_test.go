@@ -284,9 +284,7 @@ func TestPaperFig2_NextAndMatchIndex(t *testing.T) {
 			t.Errorf("term %d: next %d, match %d after an acknowledgement of %d", term, p.next, p.match, last+1)
 		}
 		persist(t, c)
-		c.now = c.now.Add(time.Minute) // nobody answers any more: it steps down
-		c.tick()
-		persist(t, c)
+		loseQuorum(t, c)
 	}
 }
 

@@ -16,9 +16,10 @@ type progress struct {
 	id        memberID
 	directory [16]byte // of the data directory that answered first; zero: none yet
 	state     progressState
-	next      Index // the next entry to send
-	match     Index // highest entry known to be durable there
-	matchTerm Term  // its term, kept because the log may be compacted there
+	next      Index  // the next entry to send
+	match     Index  // highest entry known to be durable there
+	matchTerm Term   // its term, kept because the log may be compacted there
+	matchSeq  uint64 // appends with a higher Seq were sent after match was acknowledged
 
 	inflight      []sentAppend // unanswered appends, oldest first
 	inflightBytes int

@@ -63,17 +63,30 @@ func (c *core) majorityMatch(entered bool) Index {
 // checkQuorum makes a leader give up once it has not heard from a majority for
 // an election timeout (thesis 6.2): clients must not wait for a leader that
 // can't commit. It looks again when that could next be the case.
+//
+// A leader that was itself not running, because its process was stopped or the
+// machine slept, finds answers that it has not read yet. It shows in heartbeats
+// that were not sent. It takes the time of one heartbeat to read them, once
+// until it hears a majority again.
 func (c *core) checkQuorum() {
 	heard := c.quorumContact()
-	if c.limits.checkQuorum && c.now.Sub(heard) >= c.limits.electionTimeout {
-		c.emit(Event{Kind: EventQuorumLost})
-		c.becomeFollower(c.currentTerm, 0)
-		return
-	}
 	if !c.limits.checkQuorum {
 		heard = c.now
 	}
 	c.electionDeadline = heard.Add(c.limits.electionTimeout)
+	if c.now.Before(c.electionDeadline) {
+		c.graceUntil = time.Time{}
+		return
+	}
+	if c.graceUntil.IsZero() && c.now.Sub(c.beatAt) > 2*c.limits.heartbeatInterval {
+		c.graceUntil = c.now.Add(c.limits.heartbeatInterval)
+	}
+	if c.now.Before(c.graceUntil) {
+		c.electionDeadline = c.graceUntil
+		return
+	}
+	c.emit(Event{Kind: EventQuorumLost})
+	c.becomeFollower(c.currentTerm, 0)
 }
 
 // quorumContact returns the latest time at or after which a majority of the

@@ -59,6 +59,7 @@ func (c *core) heartbeat() {
 	if c.checkQuorum(); c.role != Leader {
 		return
 	}
+	c.beatAt = c.now
 	c.heartbeatLast, c.lastHeartbeat = c.lastHeartbeat, c.log.last
 	for _, p := range c.progress {
 		p.paused = false
@@ -256,10 +257,16 @@ func (c *core) onAppendReply(from memberID, a *appendArgs, r *appendReply) {
 	switch {
 	case a.Heartbeat && r.Success:
 	case a.Heartbeat:
-		c.dataLost(p, a)
+		if a.Prev.Index == p.match && p.match > 0 { // otherwise it is an older heartbeat
+			c.dataLost(p)
+			p.probeFrom(c.log.last, c.appendSeq)
+		}
 	case r.Success:
 		p.answered(a.Seq, c.now)
 		if match := a.lastIndex(); match >= p.match {
+			if match > p.match {
+				p.matchSeq = c.appendSeq
+			}
 			t, ok := c.log.term(match)
 			if ok {
 				p.match, p.matchTerm = match, t
@@ -275,6 +282,9 @@ func (c *core) onAppendReply(from memberID, a *appendArgs, r *appendReply) {
 		if !p.answered(a.Seq, c.now) {
 			return
 		}
+		if a.Prev.Index <= p.match && a.Seq > p.matchSeq {
+			c.dataLost(p) // it was sent after the follower had acknowledged Prev
+		}
 		if a.Prev.Index > p.match && a.Prev.Index <= c.log.start.Index {
 			c.starve(p)
 		}
@@ -283,16 +293,12 @@ func (c *core) onAppendReply(from memberID, a *appendArgs, r *appendReply) {
 	}
 }
 
-// dataLost handles the refusal of a heartbeat: it carries an entry that the
-// follower had acknowledged as durable in this term, and no longer has. That
-// follower's disk lies. What it has now is found out again.
-func (c *core) dataLost(p *progress, a *appendArgs) {
-	if a.Prev.Index != p.match || p.match == 0 {
-		return // an older heartbeat
-	}
+// dataLost handles the refusal of a request whose Prev is an entry that the
+// follower had acknowledged as durable in this term: it no longer has it, so
+// its disk lies. What it has now is found out again.
+func (c *core) dataLost(p *progress) {
 	c.emit(Event{Kind: EventFollowerLostData, Peer: p.id.label(c), Index: p.match})
 	p.match, p.matchTerm = 0, 0
-	p.probeFrom(c.log.last, c.appendSeq)
 }
 
 // onAppendFailed is told that an append will never be answered: its

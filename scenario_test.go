@@ -418,9 +418,7 @@ func TestScenario_RepliesOutOfOrder(t *testing.T) {
 func TestScenario_ReplyOfEarlierLeadership(t *testing.T) {
 	c := testCore(t, 1, 3)
 	old := appendsTo(2, elect(t, c))[0]
-	c.now = c.now.Add(time.Minute)
-	c.tick()
-	persist(t, c)
+	loseQuorum(t, c)
 	elect(t, c)
 	c.onAppendReply(2, old, &appendReply{Term: 1, Success: true})
 	c.onAppendReply(2, old, &appendReply{Term: 2, Success: true})
