@@ -9,40 +9,33 @@ import (
 	"example.com/raft/internal/vfs"
 )
 
-// FuzzOpen opens a log whose segment files hold anything. With fix it makes
-// the checksums of headers right first, so that the fuzzer gets past them.
-// Open must not panic, must not change what it refuses, and what it accepts
-// must be the same when opened again.
-//
-// More than 70 lines: seeds, repair and checks share the layout of the files.
+// FuzzOpen opens a log whose segment files were edited. The input is small, so
+// that the fuzzer is fast: it says which log to begin with, whether checksums
+// are made right afterwards, so that the fuzzer gets past them, and what is
+// edited. Open must not panic, must not change what it refuses, and what it
+// accepts must be the same when opened again.
 func FuzzOpen(f *testing.F) {
-	for _, sealed := range []bool{true, false} {
-		fs, m := fuzzLog(f, sealed)
-		var files [2][]byte
-		for i := range files {
-			files[i] = readAll(f, fs, m.Dir+"/"+fileName(uint64(i+1), segmentSuffix))
-		}
-		f.Add(files[0], files[1], false)
-		f.Add(files[0], files[1], true)
-		f.Add(files[0], []byte{}, false)
-		f.Add(files[0][:3*blockSize], files[1], true)
+	bases := [][][]byte{fuzzFiles(f, true, 0), fuzzFiles(f, false, 0), fuzzFiles(f, false, 1), fuzzFiles(f, false, 2)}
+	for base := range bases {
+		f.Add(byte(base), false, []byte{})
+		f.Add(byte(base), true, []byte{editSet, 1, 16, 9})
+		f.Add(byte(base), true, []byte{editSet | editSecond, 1, 32, 9, editCopy, 2, 1, 0})
+		f.Add(byte(base), true, []byte{editCut, 3, 0, 0, editXor, 0, 16, 1})
+		f.Add(byte(base), false, []byte{editZero, 1, 0, 0, editCut | editSecond, 0, 0, 0})
 	}
-	f.Add([]byte{}, []byte{}, true)
-	f.Fuzz(func(t *testing.T, a, b []byte, fix bool) {
+	f.Fuzz(func(t *testing.T, base byte, fix bool, edits []byte) {
 		fs := newMem(1)
 		o := testOptions(fs, 1)
 		if err := fs.MkdirAll(o.Dir); err != nil {
 			t.Fatal(err)
 		}
-		for i, p := range [][]byte{a, b} {
-			if i > 0 && len(p) == 0 || len(p) > 1<<20 {
-				break
-			}
-			p = append([]byte(nil), p...)
+		for i, p := range edited(bases[int(base)%len(bases)], edits) {
 			if fix {
 				fixChecksums(p)
 			}
-			writeAll(t, fs, o.Dir+"/"+fileName(uint64(i+1), segmentSuffix), p)
+			if len(p) > 0 {
+				writeAll(t, fs, o.Dir+"/"+fileName(uint64(i+1), segmentSuffix), p)
+			}
 		}
 		k := &kept{}
 		changes := 0
@@ -54,41 +47,144 @@ func FuzzOpen(f *testing.F) {
 		})
 		l, err := Open(context.Background(), o, k.replay)
 		if err != nil {
-			var ce *CorruptError
-			var ve *VersionError
-			var te *TagError
-			if !errors.As(err, &ce) && !errors.As(err, &ve) && !errors.As(err, &te) {
-				t.Fatalf("an untyped error: %v", err)
-			}
-			if changes > 0 {
-				t.Fatalf("%d changes on disk, and then: %v", changes, err)
-			}
+			checkRefusal(t, err, changes)
 			return
 		}
-		for i, lsn := range k.lsns {
-			if lsn == 0 {
-				continue
-			}
-			if r, err := l.ReadAt(lsn, nil); err != nil || string(r.Data) != string(k.recs[i].Data) {
-				t.Fatalf("ReadAt(%d) differs from replay: %v", lsn, err)
-			}
-		}
-		if err := l.Close(); err != nil {
-			t.Fatal(err)
-		}
-		l, again := mustOpen(t, o)
-		if len(again.recs) != len(k.recs) {
-			t.Fatalf("%d records, and %d when opened again", len(k.recs), len(again.recs))
-		}
-		for i, r := range again.recs {
-			if string(r.Data) != string(k.recs[i].Data) {
-				t.Fatalf("record %d differs when opened again", i)
-			}
-		}
-		if err := l.Close(); err != nil {
-			t.Fatal(err)
-		}
+		checkReopens(t, l, o, k)
 	})
+}
+
+// checkRefusal checks how Open refused damaged files.
+func checkRefusal(t *testing.T, err error, changes int) {
+	t.Helper()
+	var ce *CorruptError
+	var ve *VersionError
+	var te *TagError
+	if !errors.As(err, &ce) && !errors.As(err, &ve) && !errors.As(err, &te) {
+		t.Fatalf("an untyped error: %v", err)
+	}
+	if changes > 0 {
+		t.Fatalf("%d changes on disk, and then: %v", changes, err)
+	}
+}
+
+// checkReopens checks that what Open replayed can be read, and is the same
+// when opened again.
+func checkReopens(t *testing.T, l *Log, o Options, k *kept) {
+	t.Helper()
+	for i, lsn := range k.lsns {
+		if lsn == 0 {
+			continue
+		}
+		if r, err := l.ReadAt(lsn, nil); err != nil || string(r.Data) != string(k.recs[i].Data) {
+			t.Fatalf("ReadAt(%d) differs from replay: %v", lsn, err)
+		}
+	}
+	if err := l.Close(); err != nil {
+		t.Fatal(err)
+	}
+	l, again := mustOpen(t, o)
+	if len(again.recs) != len(k.recs) {
+		t.Fatalf("%d records, and %d when opened again", len(k.recs), len(again.recs))
+	}
+	for i, r := range again.recs {
+		if string(r.Data) != string(k.recs[i].Data) {
+			t.Fatalf("record %d differs when opened again", i)
+		}
+	}
+	if err := l.Close(); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// An edit is four bytes: what to do, with the number of the file in bits 3 and
+// 4 and that of a quarter of a kilobyte in the highest three; a block of the
+// file; an offset there; and an operand.
+const (
+	editSet    = iota // a byte becomes the operand
+	editXor           // a byte is changed by the operand
+	editAdd           // the operand is added to a byte
+	editZero          // a sector of 512 bytes becomes zero
+	editCopy          // the block becomes a copy of block `offset` of file `operand`
+	editCut           // the file ends before the block, or grows to it
+	editSwap          // the block changes places with block `offset`
+	editCount         // how many there are
+	editSecond = 1 << 3
+	editThird  = 2 << 3
+)
+
+// edited returns copies of files, edited.
+func edited(files [][]byte, edits []byte) [][]byte {
+	out := make([][]byte, len(files))
+	for i, p := range files {
+		out[i] = append([]byte(nil), p...)
+	}
+	for ; len(edits) >= 4; edits = edits[4:] {
+		file := int(edits[0]>>3&3) % len(out)
+		p := out[file]
+		n := len(p) / blockSize
+		block, offset, operand := int(edits[1]), int(edits[2]), edits[3]
+		if op := int(edits[0]&7) % editCount; op == editCut {
+			size := block % 12 * blockSize
+			p = append(p, make([]byte, max(0, size-len(p)))...)
+			out[file] = p[:size]
+		} else if n > 0 {
+			edit(op, p[block%n*blockSize:][:blockSize], offset+256*int(edits[0]>>5), operand, p, out[int(operand)%len(out)])
+		}
+	}
+	return out
+}
+
+// edit changes one block of a file.
+func edit(op int, b []byte, at int, operand byte, file, other []byte) {
+	n := len(file) / blockSize
+	switch op {
+	case editSet:
+		b[at] = operand
+	case editXor:
+		b[at] ^= operand
+	case editAdd:
+		b[at] += operand
+	case editZero:
+		clear(b[at/512*512:][:512])
+	case editCopy:
+		if n = len(other) / blockSize; n > 0 {
+			copy(b, other[at%n*blockSize:][:blockSize])
+		}
+	case editSwap:
+		o := file[at%n*blockSize:][:blockSize]
+		was := append([]byte(nil), b...)
+		copy(b, o)
+		copy(o, was)
+	}
+}
+
+// fuzzFiles are the segment files of a log that was opened again a few times,
+// each time after a batch that nothing had proven.
+func fuzzFiles(t testing.TB, sealed bool, reopened int) (files [][]byte) {
+	fs, o := fuzzLog(t, sealed)
+	for range reopened {
+		fs.Kill()
+		l, _ := mustOpen(t, o)
+		l.Append(numbered(len(files), 30))
+		if err := l.Flush(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	fs.Kill()
+	names, err := fs.List(o.Dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range names {
+		if n, ok := parseName(name, segmentSuffix); ok {
+			if n != uint64(len(files)+1) {
+				t.Fatalf("%s is file %d", name, len(files)+1)
+			}
+			files = append(files, readAll(t, fs, o.Dir+"/"+name))
+		}
+	}
+	return files
 }
 
 // fuzzLog is a log of two segments.

@@ -250,6 +250,8 @@ func (r *recovery) readBatch(i int, w *window) (found bool, err error) {
 	switch {
 	case h.version > formatVersion:
 		return false, &VersionError{File: r.path(seg), Found: uint32(h.version), Max: formatVersion}
+	case h.isSeal() && (h.carried > 0 || h.records > 0), h.isFinal() && !h.isSeal():
+		return false, corrupt(r.path(seg), seg.off, "batch %d with flags %#x and %d bytes: only a seal ends a segment, and a seal holds nothing", h.seq, h.flags, h.carried+h.records)
 	case h.prev != want:
 		return false, corrupt(r.path(seg), seg.off, "batch %d, which follows batch %d (%08x), where batch %d (%08x) comes before", h.seq, h.prev.seq, h.prev.crc, want.seq, want.crc)
 	case h.seq <= want.seq:
