@@ -1,8 +1,11 @@
 package raft
 
 import (
+	"context"
 	"fmt"
 	"runtime/debug"
+	"slices"
+	"time"
 )
 
 const (
@@ -13,8 +16,13 @@ const (
 type applier struct {
 	cm      *ConsensusModule
 	machine StateMachine
-	batch   BatchApplier // machine, if it is one
-	read    []Entries    // taken from the log, not yet applied
+	batch   BatchApplier    // machine, if it is one
+	ctx     context.Context // ends with the node
+	read    []Entries       // taken from the log, not yet applied
+
+	policy   snapshotPolicy
+	lastTime time.Time // of the newest entry applied
+	config   configAt  // the newest applied
 
 	entries []Entry // scratch
 	at      []int   // where in the run each of them is
@@ -22,9 +30,14 @@ type applier struct {
 	woken   []chan struct{}
 }
 
-func newApplier(cm *ConsensusModule, m StateMachine) *applier {
-	b, _ := m.(BatchApplier)
-	return &applier{cm: cm, machine: m, batch: b}
+func newApplier(ctx context.Context, cm *ConsensusModule, conf *Config) *applier {
+	b, _ := conf.StateMachine.(BatchApplier)
+	return &applier{
+		cm: cm, ctx: ctx, machine: conf.StateMachine, batch: b,
+		policy: snapshotPolicy{
+			everyBytes: int64(conf.SnapshotEveryBytes), everyEntries: int64(conf.SnapshotEveryEntries), keepBytes: int64(conf.KeepLogBytes),
+		},
+	}
 }
 
 // run applies committed entries in order until the node stops.
@@ -35,6 +48,14 @@ func (a *applier) run() {
 		case <-cm.done:
 			return
 		default:
+		}
+		a.capture()
+		if last, needed := a.replaced(); needed {
+			if err := a.restore(last); err != nil {
+				a.stop(last.Index, err)
+				return
+			}
+			continue
 		}
 		run, ok := a.next()
 		if !ok {
@@ -47,10 +68,31 @@ func (a *applier) run() {
 		}
 		results, err := a.apply(run)
 		if err != nil {
-			a.stop(err)
+			a.stop(err.(*ApplyError).Index, err)
 			return
 		}
 		a.tell(run, results)
+		a.note(run)
+	}
+}
+
+// replaced returns the end of the snapshot that has replaced the log, if the
+// state machine must be restored from it before anything else can be applied.
+func (a *applier) replaced() (EntryID, bool) {
+	cm := a.cm
+	cm.mu.Lock()
+	defer cm.mu.Unlock()
+	return cm.core.newestSnapshot, cm.core.log.start.Index > cm.pending.applied && cm.core.role != Dead
+}
+
+// note remembers what a snapshot after this run says of the log.
+func (a *applier) note(run Entries) {
+	a.policy.applied(run)
+	a.lastTime = lastTimeOf(run)
+	for i := range run.Len() {
+		if run.kind(i) == entryConfiguration {
+			a.config = configAt{run.First() + Index(i), slices.Clone(run.data(i))}
+		}
 	}
 }
 
@@ -64,7 +106,7 @@ func (a *applier) next() (Entries, bool) {
 	cm := a.cm
 	cm.mu.Lock()
 	lo, hi := cm.pending.applied+1, cm.core.commitIndex
-	if lo > hi || cm.core.role == Dead {
+	if lo > hi || lo <= cm.core.log.start.Index || cm.core.role == Dead {
 		cm.mu.Unlock()
 		return Entries{}, false
 	}
@@ -79,7 +121,11 @@ func (a *applier) next() (Entries, bool) {
 		runs, err = cm.storage.Read(lo, hi, applyBatchBytes)
 		cm.leaveDisk()
 		if err != nil {
-			cm.fail(fmt.Errorf("raft: read entry %d to apply it: %w", lo, err))
+			cm.step(func(c *core) {
+				if c.log.start.Index < lo { // otherwise a snapshot replaced it meanwhile
+					c.die(fmt.Errorf("raft: read entry %d to apply it: %w", lo, err))
+				}
+			})
 			return Entries{}, false
 		}
 	}
@@ -157,16 +203,18 @@ func (a *applier) tell(run Entries, results [][]byte) {
 
 // stop is the end of applying on this node: the entry is never skipped. Who
 // waits here is told; the node goes on replicating and voting.
-func (a *applier) stop(err error) {
+func (a *applier) stop(index Index, err error) {
 	cm := a.cm
-	index := err.(*ApplyError).Index
 	cm.mu.Lock()
 	cm.transition(func(c *core) { c.stopApplying(index, err) })
 	ps, waits := cm.pending.stop(outcomeUnknown(err))
 	rejection := fmt.Errorf("%w applying: %w", ErrStopped, err)
 	rejected := cm.queue.close(rejection)
+	snapshots := cm.captures.waiting
+	cm.captures.waiting = nil
 	cm.unlock()
 	settle(ps, waits)
+	answerAll(snapshots, rejection)
 	for _, p := range rejected {
 		p.finish(rejection)
 	}

@@ -54,6 +54,16 @@ func (g *guard) Apply(e Entry) []byte {
 	g.call()
 	return g.StateMachine.Apply(e)
 }
+func (g *guard) Snapshot() (Capture, error) { g.call(); return g.StateMachine.Snapshot() }
+func (g *guard) Restore(r io.Reader) error  { g.call(); return g.StateMachine.Restore(r) }
+func (g *guard) CreateSnapshot(meta SnapshotMeta) (SnapshotWriter, error) {
+	g.call()
+	return g.Storage.CreateSnapshot(meta)
+}
+func (g *guard) OpenSnapshot(last EntryID) (SnapshotMeta, SnapshotReader, error) {
+	g.call()
+	return g.Storage.OpenSnapshot(last)
+}
 func (g *guard) Read(lo, hi Index, n int) ([]Entries, error) {
 	g.call()
 	return g.Storage.Read(lo, hi, n)
@@ -417,6 +427,7 @@ func TestCloseWithHungDisk(t *testing.T) {
 
 // blocker is a state machine whose Apply waits.
 type blocker struct {
+	noSnapshots
 	entered chan Index
 	release chan struct{}
 	applied atomic.Int64

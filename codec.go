@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"hash/crc32"
 	"io"
+	"math"
 	"net"
 	"net/rpc"
 	"os"
@@ -29,6 +30,7 @@ const (
 	methodRequestVote   methodID = 1
 	methodAppendEntries methodID = 2
 	methodForward       methodID = 3
+	methodSnapshot      methodID = 4
 )
 
 // name returns net/rpc's name of the method, "" for an unknown one. The
@@ -41,6 +43,8 @@ func (m methodID) name() string {
 		return serviceName + ".AppendEntries"
 	case methodForward:
 		return serviceName + ".Forward"
+	case methodSnapshot:
+		return serviceName + ".InstallSnapshot"
 	}
 	return ""
 }
@@ -487,6 +491,8 @@ func (c *serverCodec) ReadRequestBody(body any) error {
 		b.req, v = from, &b.V
 	case *call[forwardArgs]:
 		b.req, v = from, &b.V
+	case *call[snapshotArgs]:
+		b.req, v = from, &b.V
 	case nil: // net/rpc has given the request up
 		c.body = nil
 		return nil
@@ -532,6 +538,10 @@ func (c *serverCodec) WriteResponse(resp *rpc.Response, body any) error {
 			return c.WriteDeferred(resp.Seq, &b.V)
 		}
 	case *call[forwardReply]:
+		if !b.deferred {
+			return c.WriteDeferred(resp.Seq, &b.V)
+		}
+	case *call[snapshotReply]:
 		if !b.deferred {
 			return c.WriteDeferred(resp.Seq, &b.V)
 		}
@@ -602,6 +612,8 @@ func (c *clientCodec) WriteRequest(req *rpc.Request, args any) error {
 		v, sealed, size = &a.V, a.V.Entries, appendArgsBytes+a.V.size()
 	case *call[forwardArgs]:
 		v, unsealed, size = &a.V, a.V.Encoded, forwardArgsBytes+len(a.V.Encoded)
+	case *call[snapshotArgs]:
+		v, unsealed, size = &a.V, a.V.Data, snapshotArgsBytes+len(a.V.Meta.Config)+len(a.V.Data)
 	case nil: // rpcClient's sentinel: it is never sent
 		return nil
 	default:
@@ -641,6 +653,8 @@ func (c *clientCodec) ReadResponseBody(reply any) error {
 	case *call[appendReply]:
 		v = &r.V
 	case *call[forwardReply]:
+		v = &r.V
+	case *call[snapshotReply]:
 		v = &r.V
 	case nil: // an error, or nobody waits for it any more
 		return nil
@@ -730,17 +744,20 @@ type wireBody interface {
 	decode(b []byte) error
 }
 
-func (*voteArgs) method() methodID     { return methodRequestVote }
-func (*voteReply) method() methodID    { return methodRequestVote }
-func (*appendArgs) method() methodID   { return methodAppendEntries }
-func (*appendReply) method() methodID  { return methodAppendEntries }
-func (*forwardArgs) method() methodID  { return methodForward }
-func (*forwardReply) method() methodID { return methodForward }
+func (*voteArgs) method() methodID      { return methodRequestVote }
+func (*voteReply) method() methodID     { return methodRequestVote }
+func (*appendArgs) method() methodID    { return methodAppendEntries }
+func (*appendReply) method() methodID   { return methodAppendEntries }
+func (*forwardArgs) method() methodID   { return methodForward }
+func (*forwardReply) method() methodID  { return methodForward }
+func (*snapshotArgs) method() methodID  { return methodSnapshot }
+func (*snapshotReply) method() methodID { return methodSnapshot }
 
 const (
-	voteArgsBytes    = 33
-	appendArgsBytes  = 49 // without the entries
-	forwardArgsBytes = 12 // without the entries
+	voteArgsBytes     = 33
+	appendArgsBytes   = 49 // without the entries
+	forwardArgsBytes  = 12 // without the entries
+	snapshotArgsBytes = 93 // without the configuration and the data
 )
 
 func (a *voteArgs) encode(b []byte) []byte {
@@ -853,6 +870,46 @@ func (v *forwardReply) encode(b []byte) []byte {
 func (v *forwardReply) decode(b []byte) error {
 	r := reader{b: b}
 	v.Refusal, v.First, v.Leader = forwardRefusal(r.byte()), r.entryID(), memberID(r.uint64())
+	return r.finish()
+}
+
+func (a *snapshotArgs) encode(b []byte) []byte {
+	b = appendUint64s(b, uint64(a.Term), uint64(a.Leader), a.Size, a.Offset)
+	at := len(b)
+	b = a.Meta.encode(append(b, 0, 0, 0, 0))
+	binary.LittleEndian.PutUint32(b[at:], uint32(len(b)-at-4))
+	return b
+}
+
+// decode keeps b: the data refers to it.
+func (a *snapshotArgs) decode(b []byte) (err error) {
+	r := reader{b: b}
+	a.Term, a.Leader, a.Size, a.Offset = Term(r.uint64()), memberID(r.uint64()), r.uint64(), r.uint64()
+	meta := r.bytes(uint64(r.uint32()))
+	a.Data = r.bytes(uint64(len(r.b)))
+	if err := r.finish(); err != nil {
+		return err
+	}
+	if a.Meta, err = decodeSnapshotMeta(meta); err != nil {
+		return err
+	}
+	if a.Size > math.MaxInt64 || a.Offset > a.Size || uint64(len(a.Data)) > a.Size-a.Offset {
+		return fmt.Errorf("a block of %d bytes at %d is outside a snapshot of %d", len(a.Data), a.Offset, a.Size)
+	}
+	if a.Meta.Last.Term > a.Term {
+		return fmt.Errorf("a snapshot up to an entry of term %d comes in term %d", a.Meta.Last.Term, a.Term)
+	}
+	return nil
+}
+
+func (v *snapshotReply) encode(b []byte) []byte {
+	return append(appendUint64s(b, uint64(v.Term), v.Offset), flag(v.Done, 1))
+}
+
+func (v *snapshotReply) decode(b []byte) error {
+	r := reader{b: b}
+	v.Term, v.Offset = Term(r.uint64()), r.uint64()
+	v.Done = r.flags(1) != 0
 	return r.finish()
 }
 

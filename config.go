@@ -5,6 +5,7 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net"
 	"time"
@@ -19,7 +20,44 @@ type StateMachine interface {
 	// the proposer. A command that the service refuses has a result too. A
 	// panic stops applying on this node (see ApplyError).
 	Apply(Entry) []byte
+	// Snapshot captures the state as it is now, fast: nothing is applied
+	// meanwhile. Writing it goes on while entries are applied. An error or a
+	// panic is reported, and a later attempt made.
+	Snapshot() (Capture, error)
+	// Restore replaces the whole state by what a Capture wrote, on this node or
+	// another one. Every byte was verified before it is read. After an error or
+	// a panic this node applies nothing more (see SnapshotError).
+	Restore(r io.Reader) error
 }
+
+// Capture is a state at one moment, to be written. WriteTo runs on a goroutine
+// of its own and ends early, with ctx's error, when ctx ends. Close is called
+// once, also when WriteTo was not or has failed.
+type Capture interface {
+	WriteTo(ctx context.Context, w io.Writer) error
+	Close()
+}
+
+// CaptureBytes is a Capture of a small state, which was copied whole.
+type CaptureBytes []byte
+
+// WriteTo writes the bytes.
+func (b CaptureBytes) WriteTo(_ context.Context, w io.Writer) error {
+	_, err := w.Write(b)
+	return err
+}
+
+// Close does nothing.
+func (CaptureBytes) Close() {}
+
+// CaptureFunc is a Capture that needs no Close.
+type CaptureFunc func(ctx context.Context, w io.Writer) error
+
+// WriteTo calls f.
+func (f CaptureFunc) WriteTo(ctx context.Context, w io.Writer) error { return f(ctx, w) }
+
+// Close does nothing.
+func (CaptureFunc) Close() {}
 
 // BatchApplier may be implemented by a StateMachine beside Apply. It is then
 // called instead, with one result to be set per entry.
@@ -60,6 +98,11 @@ type Config struct {
 	MaxInflightBytes    int // bytes in them; default 8 MiB
 	MaxLogMemoryBytes   int // of durable entries held in memory; default 8 MiB
 	MaxSegmentBytes     int // of one file of the log; default 64 MiB, at least 1 MiB
+
+	SnapshotEveryBytes        int // of commands applied since the last snapshot, until the next is taken; default 64 MiB; negative: never by bytes
+	SnapshotEveryEntries      int // the same in entries; default 1,000,000; negative: never by entries
+	KeepLogBytes              int // of the log are kept behind a snapshot, for followers that are a little behind; default 64 MiB
+	MaxSnapshotBytesPerSecond int // sent to one follower; default 64 MiB
 
 	Logger *slog.Logger // nil: slog.Default()
 
@@ -104,6 +147,10 @@ func (c Config) Validate() error {
 		{"MaxInflightAppends", c.MaxInflightAppends, 1, 1024},
 		{"MaxInflightBytes", c.MaxInflightBytes, 1, 1 << 30},
 		{"MaxLogMemoryBytes", c.MaxLogMemoryBytes, 1, 1 << 40},
+		{"SnapshotEveryBytes", c.SnapshotEveryBytes, -1, 1 << 40},
+		{"SnapshotEveryEntries", c.SnapshotEveryEntries, -1, 1 << 40},
+		{"KeepLogBytes", c.KeepLogBytes, 1, 1 << 40},
+		{"MaxSnapshotBytesPerSecond", c.MaxSnapshotBytesPerSecond, 1 << 10, 1 << 40},
 		{"MaxSegmentBytes", c.MaxSegmentBytes, 1 << 20, 1 << 30},
 	} {
 		if f.value < f.min || f.value > f.max {
@@ -172,6 +219,10 @@ func (c Config) withDefaults() Config {
 	setDefault(&c.MaxInflightBytes, 8<<20)
 	setDefault(&c.MaxLogMemoryBytes, 8<<20)
 	setDefault(&c.MaxSegmentBytes, 64<<20)
+	setDefault(&c.SnapshotEveryBytes, 64<<20)
+	setDefault(&c.SnapshotEveryEntries, 1_000_000)
+	setDefault(&c.KeepLogBytes, 64<<20)
+	setDefault(&c.MaxSnapshotBytesPerSecond, 64<<20)
 	setDefault(&c.closeGrace, 1500*time.Millisecond)
 	setDefault(&c.versions, wireVersions{minWireVersion, maxWireVersion})
 	if c.Logger == nil {

@@ -1,6 +1,8 @@
 package raft
 
 import (
+	"errors"
+	"io"
 	"net"
 	"strings"
 	"testing"
@@ -10,6 +12,17 @@ import (
 type applyFunc func(Entry) []byte
 
 func (f applyFunc) Apply(e Entry) []byte { return f(e) }
+
+func (applyFunc) Snapshot() (Capture, error) { return nil, errNoSnapshots }
+func (applyFunc) Restore(io.Reader) error    { return errNoSnapshots }
+
+// noSnapshots is embedded in state machines whose tests take none.
+type noSnapshots struct{}
+
+func (noSnapshots) Snapshot() (Capture, error) { return nil, errNoSnapshots }
+func (noSnapshots) Restore(io.Reader) error    { return errNoSnapshots }
+
+var errNoSnapshots = errors.New("this machine takes no snapshots")
 
 func goodConfig() Config {
 	return Config{ID: "a", ClusterID: "c", StateMachine: applyFunc(func(Entry) []byte { return nil }), Storage: NewMemoryStorage()}

@@ -29,6 +29,8 @@ type core struct {
 	name             NodeID        // of this server; its number is found by it
 	configuration    configuration // the newest in the log, which is also the last of configs
 	configs          []configEntry // the newest committed one and those after it
+	newestSnapshot   EntryID       // the last entry of the newest durable snapshot of this server
+	replacedBy       *SnapshotMeta // it has replaced the log in this transition
 	electionDeadline time.Time     // a follower or candidate campaigns then; a leader checks its quorum
 	lastContact      time.Time     // with the leader
 	campaign         *campaign     // while asking for votes or pre-votes
@@ -92,11 +94,12 @@ type HardState struct {
 
 // effects are what the world must do after a transition.
 type effects struct {
-	save    *Save          // hand to storage, in order
-	msgs    []message      // hand to the outbox
-	hangups []memberID     // close the append connection to these
-	reads   []entryRequest // entries that are on disk only
-	events  []Event
+	save      *Save          // hand to storage, in order
+	msgs      []message      // hand to the outbox
+	hangups   []memberID     // close the append connection to these
+	reads     []entryRequest // entries that are on disk only
+	snapshots []snapshotRequest
+	events    []Event
 }
 
 // entryRequest asks for entries for a follower that is further behind than
@@ -202,7 +205,8 @@ func (c *core) deriveSave() *Save {
 	}
 	if moved {
 		start := c.log.start
-		s.Start = &start
+		s.Start, s.Snapshot = &start, c.replacedBy
+		c.replacedBy = nil
 		c.log.savedStart = start
 	}
 	if c.log.saved < c.log.last {
@@ -259,18 +263,6 @@ func (c *core) truncateLog(from Index) {
 	}
 }
 
-// compact forgets entries up to and including i, which must be applied. The
-// newest entry stays: after a restart, its time is the least for the next one.
-func (c *core) compact(i Index) {
-	if c.role == Dead {
-		return
-	}
-	if i > c.commitIndex || i > c.durableIndex {
-		panic(invariantError("compact at %d beyond commit %d or durable %d", i, c.commitIndex, c.durableIndex))
-	}
-	c.log.compact(min(i, c.log.last-1))
-}
-
 // retire gives leadership up and does not seek it again. It returns true if
 // this server led.
 func (c *core) retire() bool {
@@ -315,7 +307,7 @@ func (c *core) die(err error) {
 	c.role = Dead
 	c.failure = err
 	c.leader, c.campaign, c.progress = 0, nil, nil
-	c.out.msgs, c.out.reads = nil, nil
+	c.out.msgs, c.out.reads, c.out.snapshots = nil, nil, nil
 	c.emit(Event{Kind: EventDead, Err: err})
 }
 

@@ -167,16 +167,16 @@ func TestStarvingIsFoundOutByAsking(t *testing.T) {
 	p := c.progressOf(2)
 	p.probeFrom(1, c.appendSeq) // far behind, as far as we know
 	probe := appendsTo(2, persist(t, c))
-	if len(probe) != 1 || probe[0].Prev.Index != last-1 || p.starving {
-		t.Fatalf("sent %+v, starving %v; want a probe of entry %d", probe, p.starving, last-1)
+	if len(probe) != 1 || probe[0].Prev.Index != last-1 || p.state != probing {
+		t.Fatalf("sent %+v in state %d; want a probe of entry %d", probe, p.state, last-1)
 	}
 	c.onAppendReply(2, probe[0], &appendReply{Term: c.currentTerm, Hint: EntryID{1, 0}})
-	if sent := appendsTo(2, persist(t, c)); len(sent) != 0 || !p.starving {
-		t.Fatalf("sent %+v, starving %v; want a starving follower", sent, p.starving)
+	if sent := appendsTo(2, persist(t, c)); len(sent) != 0 || p.state != snapshotting {
+		t.Fatalf("sent %+v in state %d; want a follower that waits for a snapshot", sent, p.state)
 	}
 	ack(c, 2, probe[0])
-	if persist(t, c); p.starving {
-		t.Error("starves after an acknowledgement")
+	if persist(t, c); p.state == snapshotting {
+		t.Error("waits for a snapshot after an acknowledgement")
 	}
 }
 

@@ -14,6 +14,7 @@ import (
 	"sort"
 	"sync"
 
+	"example.com/raft/internal/snap"
 	"example.com/raft/internal/vfs"
 	"example.com/raft/internal/wal"
 )
@@ -38,6 +39,7 @@ type diskStorage struct {
 	salt      func(b []byte) // random bytes for the directory ID
 	lock      io.Closer
 	log       *wal.Log
+	snapshots snapshotStore
 
 	// copying is held while staged saves are copied into the log's buffer, so
 	// that they get there in order. It is locked before mu.
@@ -82,6 +84,7 @@ func (d *diskStorage) Open(ctx context.Context, id Identity) (rec Recovered, err
 		}
 	}()
 	d.options.FS, d.options.Dir = d.fs, filepath.Join(d.dir, "wal")
+	d.snapshots = snapshotStore{storage: d, dir: filepath.Join(d.dir, "snap")}
 	if rec.DirectoryID, err = d.openIdentity(id); err != nil {
 		return rec, err
 	}
@@ -105,6 +108,10 @@ func (d *diskStorage) Open(ctx context.Context, id Identity) (rec Recovered, err
 		err = d.countBoot(&rec)
 	}
 	if err != nil {
+		d.log.Close()
+		return rec, err
+	}
+	if rec.Snapshots, err = d.snapshots.open(); err != nil {
 		d.log.Close()
 		return rec, err
 	}
@@ -186,10 +193,11 @@ func (d *diskStorage) replayStart(l *raftLog, start EntryID, conf configAt) {
 		return
 	case start.Index == l.start.Index:
 		l.beginAfter(start) // the guess was right; now its term is known
-	case start.Index <= l.last:
+	case l.matches(start):
 		l.compact(start.Index)
-	default:
+	default: // a snapshot has replaced the log
 		*l = newRaftLog(start, start.Index, nil, nil)
+		d.spans, d.configs = nil, nil
 	}
 	d.gap = false
 	d.start = start
@@ -263,6 +271,9 @@ func (d *diskStorage) stageOne(s *Save) (release wal.LSN) {
 	}
 	if s.Start != nil {
 		d.mu.Lock()
+		if s.Snapshot != nil {
+			d.spans, d.configs = nil, configList{{s.Snapshot.ConfigIndex, s.Snapshot.Config}}
+		}
 		conf := d.configs.asOf(s.Start.Index)
 		d.mu.Unlock()
 		data := appendUint64s(nil, uint64(s.Start.Index), uint64(s.Start.Term), uint64(conf.index))
@@ -347,7 +358,13 @@ func (d *diskStorage) explain(err error) error {
 	var corrupt *wal.CorruptError
 	var version *wal.VersionError
 	var tag *wal.TagError
+	var damaged *snap.CorruptError
+	var newer *snap.VersionError
 	switch {
+	case errors.As(err, &damaged):
+		return &CorruptError{File: damaged.File, Offset: damaged.Offset, Found: damaged.Found, Do: doRestore}
+	case errors.As(err, &newer):
+		return &IdentityError{newer.File, fmt.Sprintf("format version %d", newer.Found), fmt.Sprintf("at most %d", newer.Max), "run the release that wrote it, or a later one; nothing was changed"}
 	case errors.As(err, &corrupt):
 		return &CorruptError{File: corrupt.File, Offset: corrupt.Offset, Found: corrupt.Found, Do: corrupt.Do}
 	case errors.As(err, &version):

@@ -1,15 +1,16 @@
 /*
 Package raft keeps a state machine identical on several machines: the Raft
 consensus algorithm of Ongaro and Ousterhout with leader election, log
-replication, durable storage and membership changes. A service imports it, gives it a state
-machine, and gets a cluster that goes on while a majority of its nodes lives.
+replication, durable storage, snapshots and membership changes. A service
+imports it, gives it a state machine, and gets a cluster that goes on while a
+majority of its nodes lives.
 
 	type counter struct{ n int64 }
 
-	func (c *counter) Apply(raft.Entry) []byte { // the same commands in the same order, on every node
-		c.n++
-		return strconv.AppendInt(nil, c.n, 10)
-	}
+	// Every node applies the same commands in the same order.
+	func (c *counter) Apply(raft.Entry) []byte         { c.n++; return fmt.Append(nil, c.n) }
+	func (c *counter) Snapshot() (raft.Capture, error) { return raft.CaptureBytes(fmt.Append(nil, c.n)), nil }
+	func (c *counter) Restore(r io.Reader) error       { _, err := fmt.Fscan(r, &c.n); return err }
 
 	func main() {
 		ctx := context.Background()
@@ -57,8 +58,6 @@ machine, and gets a cluster that goes on while a majority of its nodes lives.
     exactly-once sessions are not there yet. Make commands idempotent.
   - Reading the state machine directly may return old data, on the leader too:
     there is no ReadIndex yet. Propose the read as a command to be sure.
-  - The log only grows, and a restart applies all of it: there are no snapshots
-    yet.
   - Nodes are trusted: a node that lies, or a disk that says it has synced what
     it has not, breaks every promise. So do two copies of one data directory
     that run at once, and a directory that was set back to an older state;

@@ -218,13 +218,18 @@ func (b *entryBuilder) addUnsealed(raw []byte) error {
 	return nil
 }
 
+// nanoseconds is how times are encoded: since 1970, 0 for no time at all.
+func nanoseconds(at time.Time) uint64 {
+	if at.IsZero() {
+		return 0
+	}
+	return uint64(at.UnixNano())
+}
+
 // seal writes index, term and time into every entry and makes the run
 // immutable. The builder must not be used afterwards.
 func (b *entryBuilder) seal(first Index, term Term, at time.Time) Entries {
-	nanos := uint64(0)
-	if !at.IsZero() {
-		nanos = uint64(at.UnixNano())
-	}
+	nanos := nanoseconds(at)
 	for i, off := range b.offs {
 		h := b.buf[off:]
 		binary.LittleEndian.PutUint64(h[8:], uint64(first)+uint64(i))

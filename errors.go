@@ -28,6 +28,8 @@ var ErrOutcomeUnknown = errors.New("raft: outcome unknown")
 
 var errResultDropped = errors.New("raft: entry was applied, but its result is no longer held")
 
+var errRestored = errors.New("raft: the node was restored from another node's snapshot, which may include the command")
+
 func outcomeUnknown(cause error) error { return &unknownError{cause} }
 
 type unknownError struct{ cause error }
@@ -42,8 +44,9 @@ func (e *unknownError) Unwrap() error        { return e.cause }
 // the disk does not return. Everything else is stopped. That call's goroutine
 // ends with the call; Done is closed then, and a further Close waits again.
 type StillRunningError struct {
-	Apply Index // of the entry whose Apply runs, 0 if none does
-	Flush bool  // a write or fsync of the log runs
+	Apply    Index // of the entry whose Apply runs, 0 if none does
+	Flush    bool  // a write or fsync of the log runs
+	Snapshot bool  // a Capture's WriteTo or Close, or a write of a snapshot file, runs
 }
 
 func (e *StillRunningError) Error() string {
@@ -70,6 +73,27 @@ func (e *ApplyError) Error() string {
 	value, _, _ := strings.Cut(fmt.Sprintf("%v", e.Value), "\n")
 	return fmt.Sprintf("raft: state machine panicked applying entry %d: %s; fix it and restart the node", e.Index, value)
 }
+
+// SnapshotError says that the state machine could not take or take over a
+// snapshot. After a failed Restore the node applies nothing any more, but
+// replicates and votes; after the others it goes on and tries again later.
+type SnapshotError struct {
+	Op    string // "Snapshot", "WriteTo" or "Restore", the call that failed
+	Index Index  // of the last entry that the snapshot includes
+	Err   error  // what it returned, or the panic
+	Stack string // of a panic
+}
+
+func (e *SnapshotError) Error() string {
+	do := "the log is kept, and the next one is tried later"
+	if e.Op == "Restore" {
+		do = "fix it and restart the node"
+	}
+	return fmt.Sprintf("raft: state machine's %s of a snapshot up to entry %d failed: %v; %s", e.Op, e.Index, e.Err, do)
+}
+
+// Unwrap returns what the state machine returned.
+func (e *SnapshotError) Unwrap() error { return e.Err }
 
 // IdentityError refuses a data directory that is not this node's.
 type IdentityError struct {

@@ -33,25 +33,29 @@ func (r Role) String() string {
 type EventKind byte
 
 const (
-	EventStarted          EventKind = iota + 1 // the core runs
-	EventRole                                  // Role
-	EventElectionTimer                         // Duration until this node campaigns
-	EventPreVote                               // this node asks whether it could win
-	EventElected                               // Votes
-	EventVoted                                 // for Peer
-	EventLeader                                // Peer leads Term
-	EventQuorumLost                            // a leader hears no majority and steps down
-	EventTruncated                             // entries from Index on conflicted and were removed
-	EventFollowerStarved                       // Peer needs entries from Index on, which were compacted
-	EventFollowerLostData                      // Peer acknowledged Index and no longer has it
-	EventDead                                  // Err, nil for a deliberate stop
-	EventForming                               // Detail says which founders are missing
-	EventFormed                                // the cluster exists
-	EventConnection                            // Peer, Err, Detail
-	EventApplyFailed                           // Index, Err
-	EventMembership                            // Detail, as of entry Index
-	EventRemoved                               // Peer says that this node is no member any more
-	EventTransfer                              // leadership is being handed to Peer
+	EventStarted           EventKind = iota + 1 // the core runs
+	EventRole                                   // Role
+	EventElectionTimer                          // Duration until this node campaigns
+	EventPreVote                                // this node asks whether it could win
+	EventElected                                // Votes
+	EventVoted                                  // for Peer
+	EventLeader                                 // Peer leads Term
+	EventQuorumLost                             // a leader hears no majority and steps down
+	EventTruncated                              // entries from Index on conflicted and were removed
+	EventFollowerStarved                        // Peer needs entries from Index on, which were compacted
+	EventFollowerLostData                       // Peer acknowledged Index and no longer has it
+	EventDead                                   // Err, nil for a deliberate stop
+	EventForming                                // Detail says which founders are missing
+	EventFormed                                 // the cluster exists
+	EventConnection                             // Peer, Err, Detail
+	EventApplyFailed                            // Index, Err
+	EventMembership                             // Detail, as of entry Index
+	EventRemoved                                // Peer says that this node is no member any more
+	EventTransfer                               // leadership is being handed to Peer
+	EventSnapshotTaken                          // of this node's state, up to Index
+	EventSnapshotFailed                         // Err: it is tried again later
+	EventSnapshotProgress                       // of one sent to Peer: Index, Detail
+	EventSnapshotInstalled                      // another node's, up to Index, has replaced the log
 )
 
 // Event is something that happened on a node. Events are plain values.
@@ -95,7 +99,7 @@ func (e Event) String() string {
 	case EventTruncated:
 		return fmt.Sprintf("truncates the log from %d on, term=%d", e.Index, e.Term)
 	case EventFollowerStarved:
-		return fmt.Sprintf("can't serve %s: entry %d was compacted", e.Peer, e.Index)
+		return fmt.Sprintf("sends %s a snapshot: entry %d was compacted", e.Peer, e.Index)
 	case EventFollowerLostData:
 		return fmt.Sprintf("%s no longer has entry %d, which it acknowledged", e.Peer, e.Index)
 	case EventDead:
@@ -115,6 +119,14 @@ func (e Event) String() string {
 		return fmt.Sprintf("members as of entry %d: %s", e.Index, e.Detail)
 	case EventRemoved:
 		return fmt.Sprintf("was removed from the cluster, says %s; it does not campaign any more", e.Peer)
+	case EventSnapshotTaken:
+		return fmt.Sprintf("has a snapshot up to entry %d", e.Index)
+	case EventSnapshotFailed:
+		return fmt.Sprintf("could not take a snapshot: %v", e.Err)
+	case EventSnapshotProgress:
+		return fmt.Sprintf("has sent %s %s of a snapshot up to entry %d", e.Peer, e.Detail, e.Index)
+	case EventSnapshotInstalled:
+		return fmt.Sprintf("installs a snapshot up to entry %d in place of its log", e.Index)
 	case EventTransfer:
 		return fmt.Sprintf("hands leadership to %s, term=%d", e.Peer, e.Term)
 	}

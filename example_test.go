@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"log"
 	"log/slog"
 	"net"
@@ -21,10 +22,10 @@ import (
 
 type counter struct{ n int64 }
 
-func (c *counter) Apply(raft.Entry) []byte { // the same commands in the same order, on every node
-	c.n++
-	return strconv.AppendInt(nil, c.n, 10)
-}
+// Every node applies the same commands in the same order.
+func (c *counter) Apply(raft.Entry) []byte         { c.n++; return fmt.Append(nil, c.n) }
+func (c *counter) Snapshot() (raft.Capture, error) { return raft.CaptureBytes(fmt.Append(nil, c.n)), nil }
+func (c *counter) Restore(r io.Reader) error       { _, err := fmt.Fscan(r, &c.n); return err }
 
 func Example() {
 	ctx := context.Background()
@@ -81,6 +82,19 @@ func (t *total) Apply(e raft.Entry) []byte {
 		return []byte("not a number") // a refusal is a result, the same on every node
 	}
 	return strconv.AppendInt(nil, t.sum.Add(n), 10)
+}
+
+func (t *total) Snapshot() (raft.Capture, error) {
+	return raft.CaptureBytes(fmt.Append(nil, t.sum.Load())), nil
+}
+
+func (t *total) Restore(r io.Reader) error {
+	var sum int64
+	if _, err := fmt.Fscan(r, &sum); err != nil {
+		return err
+	}
+	t.sum.Store(sum)
+	return nil
 }
 
 // node is the configuration of a node that forms a cluster by itself, with

@@ -134,7 +134,7 @@ func (s *Server) accept(conn net.Conn) (hello, welcome, error) {
 			return welcome{}, &refusal{HandshakeStopping, "this node is stopping"}
 		case h.Role == roleClient:
 			return welcome{}, &refusal{HandshakeRoleRefused, "clients are not served by this release"}
-		case h.Channel != channelFormation && !formed && len(s.conf.Bootstrap) > 0:
+		case h.Channel != channelFormation && !formed && s.formation != nil:
 			return welcome{}, &refusal{HandshakeRoleRefused, "this node has not formed or joined a cluster yet"}
 		}
 		// The formation channel leads to no vote: what it says of a directory
@@ -158,8 +158,11 @@ func (s *Server) codecLimits(ch channel) codecLimits {
 		frameTimeout: 30 * time.Second,
 		idleTimeout:  inboundIdleTimeout,
 	}
-	if ch == channelControl {
+	switch ch {
+	case channelControl:
 		l.readBuffer = 4 << 10
+	case channelSnapshot:
+		l.maxBody = snapshotBlockBytes + maxSnapshotMetaBytes
 	}
 	return l
 }
@@ -194,6 +197,12 @@ func (s *Server) runForming() {
 	for {
 		s.cm.mu.Lock()
 		missing, done := s.formation.missing(), s.formation.done()
+		if s.formation.late {
+			s.formation = nil
+			s.emit(Event{Kind: EventForming, Detail: "the cluster has formed and gone on: waiting for its leader"})
+			s.cm.unlock()
+			return
+		}
 		s.cm.unlock()
 		if done {
 			s.formed()
@@ -215,7 +224,7 @@ func (s *Server) runForming() {
 			}
 		}
 		s.cm.mu.Lock()
-		done = s.formation.done()
+		done = s.formation.done() || s.formation.late
 		s.cm.unlock()
 		if !done {
 			s.pauseForming()
@@ -336,14 +345,19 @@ func (s *Server) answerFormation(conn net.Conn, h hello) error {
 	return cmp.Or(s.heardFounder(h.From, *heard), err)
 }
 
-// answerFormed is the answer of a node that recovered its log: the first
-// configuration in it.
+// answerFormed is the answer of a node that recovered its log: entry 1, or, if
+// that was compacted, the configuration now.
 func (s *Server) answerFormed() (formAnswer, error) {
 	s.cm.mu.Lock()
 	c := s.cm.core
-	if len(c.configuration.members) == 0 || c.log.start.Index > 0 || c.role == Dead {
+	if len(c.configuration.members) == 0 || c.role == Dead {
 		s.cm.unlock()
-		return formAnswer{}, errors.New("raft: this node has no first entry to show: it is not formed, or has compacted it")
+		return formAnswer{}, errors.New("raft: this node has no first entry to show: it is not formed")
+	}
+	if c.log.start.Index > 0 {
+		conf := c.configs[0].conf
+		s.cm.unlock()
+		return formAnswer{DirectoryID: s.dirID, Config: conf.encode()}, nil
 	}
 	runs, ok := c.log.from(1, 1, 1)
 	if !ok {

@@ -61,11 +61,13 @@ func (e *FormationError) Error() string {
 	return fmt.Sprintf("raft: can't form the cluster with %s: %v: %s", e.Peer, e.Reason, e.Text)
 }
 
-// formAnswer is where a node stands. In a formed one Entry1 is set, otherwise List.
+// formAnswer is where a node stands. In a formed one Entry1 is set, or, if it
+// has compacted that, Config; otherwise List is.
 type formAnswer struct {
 	DirectoryID [16]byte
 	List        []Member // sorted by ID
 	Entry1      []byte   // encoded
+	Config      []byte   // data of the newest committed configuration
 }
 
 func (a formAnswer) formed() bool { return a.Entry1 != nil }
@@ -80,6 +82,7 @@ type formation struct {
 	conf    configuration // what entry 1 holds, once it is decided
 	entry   Entries
 	durable bool
+	late    bool // the cluster has gone on without entry 1: this node waits for its leader
 }
 
 // newFormation begins forming. dir must be durable already: it is told to the
@@ -160,6 +163,9 @@ func (f *formation) answer() formAnswer {
 // *FormationError is final. Another error means that the answer made no sense:
 // it was not counted, and its connection should be closed.
 func (f *formation) heard(from NodeID, a formAnswer) (done bool, err error) {
+	if a.Config != nil {
+		return false, f.heardCompacted(from, a)
+	}
 	if a.formed() {
 		err = f.heardFormed(from, a)
 		return f.done() && err == nil, err
@@ -193,19 +199,39 @@ func (f *formation) heardFormed(from NodeID, a formAnswer) error {
 		}
 		return nil
 	}
+	if conf.byName(f.self) != nil && !slices.Equal(conf.list(), f.list) {
+		return f.listsDiffer(from, "formed the cluster as "+describeMembers(conf.list()))
+	}
+	if err := f.namedIn(&conf, from); err != nil {
+		return err
+	}
+	f.conf, f.entry = conf, entry
+	return nil
+}
+
+// heardCompacted takes the answer of a node whose log begins after entry 1.
+// This founder was cut short before it had entry 1, and has voted for nobody:
+// the leader will send it a snapshot, as it would to any member that is behind.
+func (f *formation) heardCompacted(from NodeID, a formAnswer) error {
+	conf, err := decodeConfiguration(a.Config)
+	if err == nil {
+		err = f.namedIn(&conf, from)
+	}
+	f.late = f.late || err == nil && !f.done()
+	return err
+}
+
+// namedIn returns why a cluster with this configuration is not this node's.
+func (f *formation) namedIn(conf *configuration, from NodeID) error {
 	me := conf.byName(f.self)
 	if me == nil {
 		return &FormationError{Reason: FormationNotNamed, Peer: from, Text: fmt.Sprintf(
-			"the cluster exists with founders %s; leave Bootstrap empty on %s and add it with AddVoter", describeMembers(conf.list()), f.self)}
-	}
-	if !slices.Equal(conf.list(), f.list) {
-		return f.listsDiffer(from, "formed the cluster as "+describeMembers(conf.list()))
+			"the cluster exists with members %s; leave Bootstrap empty on %s and add it with AddVoter", describeMembers(conf.list()), f.self)}
 	}
 	if mine := f.dirs[f.position(f.self)]; me.dirID != mine {
 		return &FormationError{Reason: FormationOtherDirectory, Peer: from, Text: fmt.Sprintf(
 			"the cluster knows %s with data directory %x and this one is %x, so its data was lost or the directory is another one; restore its own directory, or add the node under a new ID with an empty Bootstrap and remove %s", f.self, me.dirID, mine, f.self)}
 	}
-	f.conf, f.entry = conf, entry
 	return nil
 }
 
@@ -266,7 +292,10 @@ func parseEntry1(cluster string, b []byte) (configuration, Entries, error) {
 }
 
 func (a formAnswer) encode(b []byte) []byte {
-	b = append(append(b, flag(a.formed(), 1)), a.DirectoryID[:]...)
+	b = append(append(b, flag(a.formed(), 1)|flag(a.Config != nil, 2)), a.DirectoryID[:]...)
+	if a.Config != nil {
+		return append(b, a.Config...)
+	}
 	if a.formed() {
 		return append(b, a.Entry1...)
 	}
@@ -280,11 +309,17 @@ func (a formAnswer) encode(b []byte) []byte {
 
 func decodeFormAnswer(b []byte) (a formAnswer, err error) {
 	r := reader{b: b}
-	formed := r.flags(1) != 0
+	state := r.byte()
 	copy(a.DirectoryID[:], r.bytes(16))
-	if formed {
+	switch {
+	case state == 1:
 		a.Entry1 = r.bytes(uint64(len(r.b)))
 		return a, r.finish()
+	case state == 2:
+		a.Config = r.bytes(uint64(len(r.b)))
+		return a, r.finish()
+	case state > 2:
+		return a, errFlags
 	}
 	n := r.uvarint()
 	if n > maxFounders {

@@ -326,7 +326,7 @@ func TestFormAnswerRefusals(t *testing.T) {
 		"twice":         {formAnswer{List: twice}.encode(nil), "names one twice"},
 		"too many":      {formAnswer{List: founderList(maxFounders + 1)}.encode(nil), "a list of 65 founders is over the limit of 64"},
 		"huge count":    {append(make([]byte, 17), 0xff, 0xff, 0xff, 0xff, 0x0f), "over the limit of 64"},
-		"unknown state": {[]byte{2}, errFlags.Error()},
+		"unknown state": {append([]byte{3}, make([]byte, 16)...), errFlags.Error()},
 		"cut short":     {good.encode(nil)[:30], errShort.Error()},
 		"too long":      {append(good.encode(nil), 0), errLong.Error()},
 	} {

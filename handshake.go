@@ -149,6 +149,7 @@ const (
 	channelControl   channel = 1
 	channelAppend    channel = 2
 	channelFormation channel = 3
+	channelSnapshot  channel = 4
 )
 
 func (c channel) String() string {
@@ -159,6 +160,8 @@ func (c channel) String() string {
 		return "append"
 	case channelFormation:
 		return "formation"
+	case channelSnapshot:
+		return "snapshot"
 	}
 	return fmt.Sprintf("channel %d", byte(c))
 }
@@ -473,7 +476,7 @@ func (me *identity) check(h hello, known [16]byte) *refusal {
 		return nil
 	case h.Role != rolePeer:
 		return no(HandshakeRoleRefused, "role %d is not served by this release", h.Role)
-	case h.Channel < channelControl || h.Channel > channelFormation:
+	case h.Channel < channelControl || h.Channel > channelSnapshot:
 		return no(HandshakeRoleRefused, "%v is not served by this release", h.Channel)
 	case h.From == "":
 		return no(HandshakeMalformed, "a node must give its ID")

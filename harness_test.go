@@ -468,7 +468,10 @@ func TestHarnessStateMachine(t *testing.T) {
 	}))
 }
 
-type batchMachine struct{ n int }
+type batchMachine struct {
+	noSnapshots
+	n int
+}
 
 func (b *batchMachine) Apply(Entry) []byte { panic("single Apply of a machine that takes batches") }
 func (b *batchMachine) ApplyBatch(entries []Entry, results [][]byte) {

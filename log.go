@@ -147,6 +147,14 @@ func (l *raftLog) compact(i Index) {
 	l.dropTail(i)
 }
 
+// replace forgets everything: the log begins after id, of a snapshot.
+func (l *raftLog) replace(id EntryID) {
+	truncations := l.truncations + 1
+	savedStart := l.savedStart
+	*l = newRaftLog(id, id.Index, nil, nil)
+	l.truncations, l.savedStart = truncations, savedStart
+}
+
 // beginAfter makes the log, which begins after an entry of this index, know its term.
 func (l *raftLog) beginAfter(id EntryID) { l.start = id }
 

@@ -1,6 +1,7 @@
 package raft
 
 import (
+	"context"
 	"math/bits"
 	"math/rand/v2"
 	"slices"
@@ -215,7 +216,10 @@ func TestPaperFig2_CommitIndex(t *testing.T) {
 }
 
 // recordingMachine notes what it is given.
-type recordingMachine struct{ applied []Index }
+type recordingMachine struct {
+	noSnapshots
+	applied []Index
+}
 
 func (m *recordingMachine) Apply(e Entry) []byte {
 	m.applied = append(m.applied, e.Index)
@@ -228,10 +232,11 @@ func (m *recordingMachine) Apply(e Entry) []byte {
 func TestPaperFig2_LastApplied(t *testing.T) {
 	c := testCore(t, 1, 3)
 	sent := elect(t, c)
-	cm := newConsensusModule(nil, c, &Config{MaxQueueBytes: 1 << 20}, &eventLog{})
-	defer cm.sealTimer.Stop()
 	machine := &recordingMachine{}
-	a := newApplier(cm, machine)
+	conf := Config{MaxQueueBytes: 1 << 20, StateMachine: machine}
+	cm := newConsensusModule(nil, c, &conf, &eventLog{})
+	defer cm.sealTimer.Stop()
+	a := newApplier(context.Background(), cm, &conf)
 	applyAll := func() {
 		for run, ok := a.next(); ok; run, ok = a.next() {
 			results, err := a.apply(run)

@@ -103,11 +103,20 @@ func (w *pending) onApplied(e Entries, results [][]byte, settled []*Proposal, wo
 	if w.forwards > 0 {
 		w.keep(e, results)
 	}
+	settled = w.settle(settled, func(p *Proposal, id EntryID) {
+		answer(p, e, int(id.Index-e.First()), id.Term, results)
+	})
+	return settled, w.reached(woken)
+}
+
+// settle takes those whose entries are applied now, which tell answers, and
+// those whose entries can't come any more.
+func (w *pending) settle(settled []*Proposal, tell func(p *Proposal, id EntryID)) []*Proposal {
 	groups := w.groups[:0]
 	for _, g := range w.groups {
 		n := 0
-		for n < len(g.proposals) && g.first.Index+Index(n) <= e.Last() {
-			answer(g.proposals[n], e, int(g.first.Index+Index(n)-e.First()), g.first.Term, results)
+		for n < len(g.proposals) && g.first.Index+Index(n) <= w.applied {
+			tell(g.proposals[n], EntryID{g.first.Index + Index(n), g.first.Term})
 			n++
 		}
 		settled = append(settled, g.proposals[:n]...)
@@ -121,13 +130,26 @@ func (w *pending) onApplied(e Entries, results [][]byte, settled []*Proposal, wo
 	}
 	clear(w.groups[len(groups):])
 	w.groups = groups
+	return settled
+}
+
+// jump takes note that the state machine was restored from a snapshot that ends
+// with last. Which of the proposals up to there took effect is not known here.
+func (w *pending) jump(last EntryID) (settled []*Proposal, woken []chan struct{}) {
+	w.applied, w.term = last.Index, last.Term
+	settled = w.settle(nil, func(p *Proposal, _ EntryID) { p.err = outcomeUnknown(errRestored) })
+	return settled, w.reached(nil)
+}
+
+// reached takes the waits for what is applied now.
+func (w *pending) reached(woken []chan struct{}) []chan struct{} {
 	n := 0
 	for n < len(w.waits) && w.waits[n].index <= w.applied {
 		woken = append(woken, w.waits[n].done)
 		n++
 	}
 	w.waits = slices.Delete(w.waits, 0, n)
-	return settled, woken
+	return woken
 }
 
 func (w *pending) keep(e Entries, results [][]byte) {

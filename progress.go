@@ -6,8 +6,9 @@ import "time"
 type progressState byte
 
 const (
-	probing   progressState = iota // one append at a time, looking for where the logs agree
-	streaming                      // a window of appends
+	probing      progressState = iota // one append at a time, looking for where the logs agree
+	streaming                         // a window of appends
+	snapshotting                      // it is sent a snapshot, and no appends
 )
 
 // progress is what the leader knows of one follower: nextIndex and matchIndex
@@ -21,12 +22,13 @@ type progress struct {
 	matchTerm Term   // its term, kept because the log may be compacted there
 	matchSeq  uint64 // appends with a higher Seq were sent after match was acknowledged
 
-	inflight      []sentAppend // unanswered appends, oldest first
-	inflightBytes int
-	epoch         uint64 // answers to appends with a lower Seq are of a window given up
-	reading       bool   // entries for it are being read from disk
-	paused        bool   // its connection broke: nothing is sent before the next sign of life or heartbeat
-	starving      bool   // what it needs was compacted
+	inflight                   []sentAppend // unanswered appends, oldest first
+	inflightBytes              int
+	epoch                      uint64 // answers to appends with a lower Seq are of a window given up
+	reading                    bool   // entries for it are being read from disk
+	paused                     bool   // its connection broke: nothing is sent before the next sign of life or heartbeat
+	snapshotSent, snapshotSize uint64 // bytes, while snapshotting
+	snapshot                   Index  // while snapshotting: the log above it is kept
 
 	lastContact  time.Time // any answer of this term
 	lastProgress time.Time // an append was answered, or the first of a window was sent

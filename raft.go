@@ -51,6 +51,8 @@ type ConsensusModule struct {
 	heartbeatDone chan struct{} // open exactly while leading; closing it stops the heartbeat goroutine
 	timerArmed    time.Time     // when the timer goroutine will wake by itself
 	commitSeen    Index
+	captures      captures
+	incoming      incomingSnapshot // has its own lock
 	stateSeen     visibleState
 	changed       chan struct{} // closed and renewed when stateSeen changes
 	leadership    leadership
@@ -60,6 +62,7 @@ type ConsensusModule struct {
 	stepAt     atomic.Int64 // a step takes queued proposals once they have this many bytes
 	flushing   atomic.Int32 // writes or fsyncs that run
 	applying   atomic.Uint64
+	writing    atomic.Int32 // snapshots that are written or received
 	lastFlush  atomic.Int64 // unix nanoseconds
 	sealDue    atomic.Bool  // sealTimer runs
 	sealTimer  *time.Timer
@@ -75,9 +78,10 @@ type ConsensusModule struct {
 
 // transport takes what the core wants sent. Its methods never block.
 type transport interface {
-	send(m message)      // a request
-	hangup(to memberID)  // close the append connection
-	read(q entryRequest) // read entries and step entriesRead
+	send(m message)             // a request
+	hangup(to memberID)         // close the append connection
+	read(q entryRequest)        // read entries and step entriesRead
+	snapshot(q snapshotRequest) // send the newest snapshot and step snapshotSent
 	canForward(to memberID) bool
 	forward(to memberID, b proposalBatch) // proposals, to the leader
 	stopped()                             // the core is dead
@@ -99,7 +103,7 @@ func newConsensusModule(s Storage, c *core, conf *Config, events *eventLog) *Con
 	}
 	cm.queue.maxBytes = conf.MaxQueueBytes
 	cm.pending.maxKept = conf.MaxQueueBytes
-	cm.pending.applied, cm.pending.term = c.log.start.Index, c.log.start.Term
+	cm.pending.applied, cm.pending.term = c.newestSnapshot.Index, c.newestSnapshot.Term
 	cm.leadership.changed = make(chan struct{})
 	cm.changed = make(chan struct{})
 	return cm
@@ -278,6 +282,9 @@ func (cm *ConsensusModule) handOver(out *effects) {
 	for _, q := range out.reads {
 		cm.transport.read(q)
 	}
+	for _, q := range out.snapshots {
+		cm.transport.snapshot(q)
+	}
 	cm.events.add(out.events)
 	cm.runLeadership()
 	if now := c.visible(); now != cm.stateSeen {
@@ -376,6 +383,7 @@ func (cm *ConsensusModule) flush() error {
 func (cm *ConsensusModule) leaveDisk() {
 	if cm.diskUsers.leave() {
 		cm.flushing.Add(1)
+		cm.incoming.abort()
 		cm.storage.Close()
 		cm.flushing.Add(-1)
 	}

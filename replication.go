@@ -85,7 +85,7 @@ func (c *core) sendAppends() {
 // sendTo sends a follower whatever its window allows.
 func (c *core) sendTo(p *progress) {
 	for p.next <= c.log.last {
-		if p.paused || p.reading || p.starving || p.state == probing && len(p.inflight) > 0 {
+		if p.paused || p.reading || p.state == snapshotting || p.state == probing && len(p.inflight) > 0 {
 			return
 		}
 		if p.next <= c.log.start.Index {
@@ -143,15 +143,6 @@ func (c *core) sendEntries(p *progress, entries []Entries) {
 	c.send(message{to: p.id, append: a})
 }
 
-// starve notes that a follower needs entries that were compacted: it lacks
-// even the last of them.
-func (c *core) starve(p *progress) {
-	if !p.starving {
-		p.starving = true
-		c.emit(Event{Kind: EventFollowerStarved, Peer: p.id.label(c), Index: c.log.start.Index})
-	}
-}
-
 // entriesRead continues sending with entries that came from disk. They are
 // dropped unless they are still this leader's and still what the follower needs.
 func (c *core) entriesRead(q entryRequest, entries []Entries) {
@@ -161,7 +152,7 @@ func (c *core) entriesRead(q entryRequest, entries []Entries) {
 	}
 	p.reading = false
 	if q.truncations == c.log.truncations && q.lo == p.next && len(entries) > 0 && q.lo > c.log.start.Index &&
-		(p.state == streaming || len(p.inflight) == 0) {
+		(p.state == streaming || p.state == probing && len(p.inflight) == 0) {
 		c.sendEntries(p, entries)
 	}
 }
@@ -272,9 +263,11 @@ func (c *core) onAppendReply(from memberID, a *appendArgs, r *appendReply) {
 				p.match, p.matchTerm = match, t
 			}
 			p.next = max(p.next, p.match+1)
-			p.starving = false
-			if p.state == probing && a.Seq >= p.epoch {
+			switch {
+			case p.state == probing && a.Seq >= p.epoch:
 				p.state = streaming
+			case p.state == snapshotting && p.match >= c.log.start.Index:
+				p.state = probing // an answer that was on its way: it can do without
 			}
 			c.advanceCommit()
 		}
@@ -286,7 +279,8 @@ func (c *core) onAppendReply(from memberID, a *appendArgs, r *appendReply) {
 			c.dataLost(p) // it was sent after the follower had acknowledged Prev
 		}
 		if a.Prev.Index > p.match && a.Prev.Index <= c.log.start.Index {
-			c.starve(p)
+			c.sendSnapshot(p)
+			return
 		}
 		agree := c.log.lastAtOrBelow(min(r.Hint.Index, a.Prev.Index-1), r.Hint.Term)
 		p.probeFrom(agree.Index+1, c.appendSeq)

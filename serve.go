@@ -149,13 +149,14 @@ type servedKey struct {
 
 // servedConn is one inbound connection of a peer.
 type servedConn struct {
-	server *Server
-	from   NodeID
-	codec  *serverCodec
-	open   atomic.Int32  // requests without a reply yet
-	ready  chan struct{} // signalled at each reply
-	ended  chan struct{}
-	next   chan struct{} // holds one token: whoever may wait to replace this
+	server  *Server
+	from    NodeID
+	channel channel
+	codec   *serverCodec
+	open    atomic.Int32  // requests without a reply yet
+	ready   chan struct{} // signalled at each reply
+	ended   chan struct{}
+	next    chan struct{} // holds one token: whoever may wait to replace this
 }
 
 // ticket is the token of one request: where its reply goes.
@@ -179,7 +180,7 @@ func (t ticket) reply(m message) {
 // connection does.
 func (s *Server) serveRPC(conn net.Conn, h hello, w welcome) {
 	c := &servedConn{
-		server: s, from: h.From, codec: newServerCodec(conn, w.Version, s.codecLimits(h.Channel)),
+		server: s, from: h.From, channel: h.Channel, codec: newServerCodec(conn, w.Version, s.codecLimits(h.Channel)),
 		ready: make(chan struct{}, 1), ended: make(chan struct{}), next: make(chan struct{}, 1),
 	}
 	if !s.replace(servedKey{h.From, h.Channel}, c) {
@@ -201,9 +202,12 @@ func (s *Server) serveRPC(conn net.Conn, h hello, w welcome) {
 		s.cm.fail(err) // a mistake in this package
 		return
 	}
-	if h.Channel == channelAppend {
+	switch h.Channel {
+	case channelAppend:
 		c.serveAppends(rpcs)
-	} else {
+	case channelSnapshot:
+		c.serveSnapshots(rpcs)
+	default:
 		c.serveControl(rpcs)
 	}
 	c.codec.Close()

@@ -1,6 +1,7 @@
 package raft
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"encoding/binary"
@@ -16,19 +17,20 @@ import (
 // Server is one node: a ConsensusModule, its storage and its state machine,
 // and the connections to its peers. All methods may be called from any goroutine.
 type Server struct {
-	conf     Config
-	cm       *ConsensusModule
-	events   *eventLog
-	storage  Storage
-	machine  *applier
-	listener net.Listener
-	dirID    [16]byte
-	nonce    uint64
-	boot     uint64          // how often the directory was opened
-	formWake chan struct{}   // signalled when entry 1 is decided
-	ctx      context.Context // ends when the node dies: every dial and wait
-	cancel   context.CancelFunc
-	ended    <-chan struct{} // closed when every goroutine has ended
+	conf         Config
+	cm           *ConsensusModule
+	events       *eventLog
+	storage      Storage
+	machine      *applier
+	listener     net.Listener
+	dirID        [16]byte
+	nonce        uint64
+	boot         uint64          // how often the directory was opened
+	restoredFrom *SnapshotMeta   // that the state machine was restored from at the start
+	formWake     chan struct{}   // signalled when entry 1 is decided
+	ctx          context.Context // ends when the node dies: every dial and wait
+	cancel       context.CancelFunc
+	ended        <-chan struct{} // closed when every goroutine has ended
 
 	// Guarded by cm.mu.
 	links     map[linkKey]*link
@@ -122,13 +124,57 @@ func (s *Server) recover(ctx context.Context) (*core, error) {
 	}
 	c := newCore(self, s.conf.limits(), rec, conf, newDice(), time.Now())
 	c.name = s.conf.ID
+	if err == nil {
+		err = s.restore(ctx, &rec)
+	}
+	if s.restoredFrom != nil {
+		c.restored(s.restoredFrom)
+	}
 	return c, err
+}
+
+// restore restores the state machine from the newest snapshot that is not
+// damaged, if the log goes on from there.
+func (s *Server) restore(ctx context.Context, rec *Recovered) error {
+	var damage error
+	touched := false
+	for i := range rec.Snapshots {
+		meta := &rec.Snapshots[i]
+		if meta.Last.Index < rec.Start.Index {
+			break
+		}
+		_, r, err := s.storage.OpenSnapshot(meta.Last)
+		if err == nil {
+			touched = true
+			err = callRestore(ctx, s.conf.StateMachine, meta.Last.Index, r)
+			r.Close()
+		}
+		if err == nil {
+			s.restoredFrom = meta
+			return nil
+		}
+		if corrupt := (*CorruptError)(nil); !errors.As(err, &corrupt) {
+			return err
+		}
+		s.emit(Event{Kind: EventSnapshotFailed, Index: meta.Last.Index, Err: err})
+		damage = cmp.Or(damage, err)
+	}
+	if rec.Start.Index == 0 && !touched {
+		return nil // everything is in the log
+	}
+	if damage == nil && rec.Start.Index > 0 {
+		damage = &CorruptError{File: s.conf.Dir, Found: fmt.Sprintf("a log that begins after entry %d, and no snapshot up to there", rec.Start.Index), Do: doRestore}
+	}
+	return damage
 }
 
 func (s *Server) run(c *core) {
 	s.ctx, s.cancel = context.WithCancel(context.Background())
 	s.cm = newConsensusModule(s.storage, c, &s.conf, s.events)
-	s.machine = newApplier(s.cm, s.conf.StateMachine)
+	s.machine = newApplier(s.ctx, s.cm, &s.conf)
+	if s.restoredFrom != nil {
+		s.machine.restored(s.restoredFrom)
+	}
 	s.cm.run(s, s.machine)
 	s.cm.mu.Lock()
 	s.ended = s.cm.goroutines.empty()
@@ -268,7 +314,9 @@ func (s *Server) Close() error {
 	case <-s.ended:
 		return nil
 	case <-grace.C:
-		return &StillRunningError{Apply: Index(s.cm.applying.Load()), Flush: s.cm.flushing.Load() > 0}
+		return &StillRunningError{
+			Apply: Index(s.cm.applying.Load()), Flush: s.cm.flushing.Load() > 0, Snapshot: s.cm.writing.Load() > 0,
+		}
 	}
 }
 
@@ -302,6 +350,7 @@ type Status struct {
 	Durable   Index // of Last, what is on this node's disk
 	Commit    Index
 	Applied   Index
+	Snapshot  Index // the last entry that this node's newest snapshot includes
 	Members   []Member
 	Missing   []NodeID         // founders that a forming node waits for
 	Followers []FollowerStatus // on the leader
@@ -313,6 +362,9 @@ type FollowerStatus struct {
 	ID          NodeID
 	Match       Index     // durable there, as far as the leader knows
 	LastContact time.Time // of an answer in this term
+
+	// While it is sent a snapshot: how much it has, of how much, in bytes.
+	SnapshotSent, SnapshotSize int64
 }
 
 // Status returns the node's state. It waits for nothing, and works on a dead
@@ -326,7 +378,7 @@ func (s *Server) Status() Status {
 		ID: s.conf.ID, Addr: s.listener.Addr().String(), ClusterID: s.conf.ClusterID,
 		Role: c.role, Term: c.currentTerm, Leader: c.leader.label(c),
 		First: c.log.start.Index + 1, Last: c.log.last, Durable: c.durableIndex,
-		Commit: c.commitIndex, Applied: cm.pending.applied, Err: c.failure,
+		Commit: c.commitIndex, Applied: cm.pending.applied, Snapshot: c.newestSnapshot.Index, Err: c.failure,
 	}
 	if st.Err == nil && cm.pending.stopped != nil {
 		st.Err = errors.Unwrap(cm.pending.stopped) // ErrStopped, or an *ApplyError
@@ -335,7 +387,11 @@ func (s *Server) Status() Status {
 		st.Members = append(st.Members, Member{ID: m.name, Addr: m.addr, Learner: m.learner})
 	}
 	for _, p := range c.progress {
-		st.Followers = append(st.Followers, FollowerStatus{ID: p.id.label(c), Match: p.match, LastContact: p.lastContact})
+		f := FollowerStatus{ID: p.id.label(c), Match: p.match, LastContact: p.lastContact}
+		if p.state == snapshotting {
+			f.SnapshotSent, f.SnapshotSize = int64(p.snapshotSent), int64(p.snapshotSize)
+		}
+		st.Followers = append(st.Followers, f)
 	}
 	if s.formation != nil {
 		st.Missing = s.formation.missing()

@@ -16,6 +16,7 @@ import (
 // named is a state machine that answers with its own name, so that a test can
 // tell whose Apply a result is from.
 type named struct {
+	noSnapshots
 	name string
 	got  [][]byte
 }
@@ -610,6 +611,7 @@ func TestDiskFails(t *testing.T) {
 
 // fragileMachine panics at a poisoned command while armed says so.
 type fragileMachine struct {
+	noSnapshots
 	armed *atomic.Bool
 	got   []string
 }

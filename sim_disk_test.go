@@ -16,9 +16,10 @@ type simDisk struct {
 	entries []simDiskEntry // from start.Index+1 on
 	config  []byte
 	staged  []Save
-	lsn     LSN   // durable position of this run
-	rotten  Index // an entry that can't be read, 0 if there is none
-	lowest  Index // the lowest index that changed since the checks looked, 0 if none did
+	lsn     LSN           // durable position of this run
+	snaps   MemoryStorage // its snapshots, nothing else
+	rotten  Index         // an entry that can't be read, 0 if there is none
+	lowest  Index         // the lowest index that changed since the checks looked, 0 if none did
 }
 
 type simDiskEntry struct {
@@ -27,6 +28,14 @@ type simDiskEntry struct {
 }
 
 var _ Storage = (*simDisk)(nil)
+
+func (d *simDisk) CreateSnapshot(meta SnapshotMeta) (SnapshotWriter, error) {
+	return d.snaps.CreateSnapshot(meta)
+}
+
+func (d *simDisk) OpenSnapshot(last EntryID) (SnapshotMeta, SnapshotReader, error) {
+	return d.snaps.OpenSnapshot(last)
+}
 
 func newSimDisk(first Entries) *simDisk {
 	d := &simDisk{}

@@ -416,7 +416,7 @@ func (s *sim) describe() string {
 		c := n.core
 		out += fmt.Sprintf("\n  %d %s term %d leader %d log %v..%v commit %d applied %d durable %d", n.i, c.role, c.currentTerm, c.leader, c.log.start, c.log.lastID(), c.commitIndex, n.applied, c.durableIndex)
 		for _, p := range c.progress {
-			out += fmt.Sprintf("\n      to %d: state %d next %d match %d inflight %d reading %v starving %v", p.id-1, p.state, p.next, p.match, len(p.inflight), p.reading, p.starving)
+			out += fmt.Sprintf("\n      to %d: state %d next %d match %d inflight %d reading %v", p.id-1, p.state, p.next, p.match, len(p.inflight), p.reading)
 		}
 	}
 	return out

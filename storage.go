@@ -1,10 +1,14 @@
 package raft
 
 import (
+	"bytes"
+	"cmp"
 	"context"
 	"crypto/rand"
 	"errors"
 	"fmt"
+	"io"
+	"io/fs"
 	"slices"
 	"sync"
 )
@@ -14,9 +18,10 @@ import (
 // reached when all are.
 type Save struct {
 	LSN       LSN
-	HardState *HardState // nil: unchanged
-	Entries   []Entries  // without a gap; they replace whatever the log had from their first on
-	Start     *EntryID   // nil: unchanged; the log now begins after this entry
+	HardState *HardState    // nil: unchanged
+	Entries   []Entries     // without a gap; they replace whatever the log had from their first on
+	Start     *EntryID      // nil: unchanged; the log now begins after this entry
+	Snapshot  *SnapshotMeta // not nil: this snapshot, which ends at Start, has replaced the log; nothing of it is kept
 }
 
 // Recovered is the state that a Storage found.
@@ -28,9 +33,10 @@ type Recovered struct {
 	Tail        []Entries // the newest entries, as far as memory should hold them; at least the last one, if there is one
 	Config      []byte    // data of the newest configuration entry, nil in an unformed directory
 	ConfigIndex Index
-	older       []configAt // configurations before it, which a truncation may bring back
-	DirectoryID [16]byte   // random, made with the directory
-	Boot        uint64     // how often the storage was opened, this time included
+	older       []configAt     // configurations before it, which a truncation may bring back
+	Snapshots   []SnapshotMeta // complete ones, newest first
+	DirectoryID [16]byte       // random, made with the directory
+	Boot        uint64         // how often the storage was opened, this time included
 }
 
 // Identity is whose data a storage holds.
@@ -61,8 +67,47 @@ type Storage interface {
 	// Read returns entries from lo to hi, at most maxBytes encoded bytes of
 	// them but at least one. They must be durable and not before the start.
 	Read(lo, hi Index, maxBytes int) ([]Entries, error)
+	// CreateSnapshot begins to store a snapshot. Two may be written at once: the
+	// node's own, and one that it receives.
+	CreateSnapshot(meta SnapshotMeta) (SnapshotWriter, error)
+	// OpenSnapshot opens a complete snapshot that ends with entry last. A reader
+	// stays usable when newer snapshots replace what it reads.
+	OpenSnapshot(last EntryID) (SnapshotMeta, SnapshotReader, error)
 	// Close releases everything. It waits for a running Flush.
 	Close() error
+}
+
+// SnapshotWriter takes the bytes of one snapshot. One goroutine uses it. After
+// an error only Abort may be called.
+type SnapshotWriter interface {
+	io.Writer
+	// Size returns how many bytes were written.
+	Size() int64
+	// Sync makes what was written durable, as far as it goes, so that Commit
+	// need not do it all.
+	Sync() error
+	// Commit makes the snapshot durable and then visible, as a whole. Of the
+	// complete snapshots the two newest are kept.
+	Commit() error
+	// Abort forgets the snapshot. After Commit it does nothing.
+	Abort() error
+}
+
+// SnapshotReader reads a complete snapshot. Every byte is verified before it is
+// returned: a damaged snapshot is an error that matches *CorruptError.
+type SnapshotReader interface {
+	io.ReaderAt
+	Size() int64 // in bytes
+	Close() error
+}
+
+// keptSnapshots is how many complete snapshots a storage keeps. The older one
+// is for a node whose newest is damaged and whose log reaches back to it.
+const keptSnapshots = 2
+
+// errNoSnapshot is the error of OpenSnapshot for a snapshot that there is not.
+func errNoSnapshot(last EntryID) error {
+	return fmt.Errorf("raft: there is no snapshot that ends with entry %d of term %d: %w", last.Index, last.Term, fs.ErrNotExist)
 }
 
 // MemoryStorage is a Storage that does not survive the process: for tests, and
@@ -79,6 +124,8 @@ type MemoryStorage struct {
 	log     raftLog
 	configs configList
 	boot    uint64
+
+	snapshots []*memorySnapshot // complete ones, newest first
 }
 
 // NewMemoryStorage returns an empty storage, for one node.
@@ -106,6 +153,9 @@ func (m *MemoryStorage) Open(_ context.Context, id Identity) (Recovered, error) 
 		Runs: slices.Clone(m.log.runs), Tail: slices.Clone(m.log.tail), DirectoryID: m.dirID,
 	}
 	m.configs.recovered(&r)
+	for _, s := range m.snapshots {
+		r.Snapshots = append(r.Snapshots, s.meta)
+	}
 	return r, nil
 }
 
@@ -133,14 +183,23 @@ func (m *MemoryStorage) Flush() (LSN, error) {
 			m.configs.append(e)
 		}
 		if s.Start != nil {
-			m.log.compact(s.Start.Index)
-			m.configs.asOf(s.Start.Index)
+			m.startAfter(*s.Start, s.Snapshot)
 		}
 		m.lsn = s.LSN
 	}
 	clear(m.staged)
 	m.staged = m.staged[:0]
 	return m.lsn, nil
+}
+
+func (m *MemoryStorage) startAfter(start EntryID, snapshot *SnapshotMeta) {
+	if snapshot != nil {
+		m.log.replace(start)
+		m.configs = configList{{snapshot.ConfigIndex, snapshot.Config}}
+		return
+	}
+	m.log.compact(start.Index)
+	m.configs.asOf(start.Index)
 }
 
 // Read implements Storage.
@@ -159,6 +218,53 @@ func (m *MemoryStorage) Close() error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.open = false
+	return nil
+}
+
+// memorySnapshot is a snapshot of a MemoryStorage, and its writer and reader.
+type memorySnapshot struct {
+	storage *MemoryStorage
+	meta    SnapshotMeta
+	data    []byte
+}
+
+// CreateSnapshot implements Storage.
+func (m *MemoryStorage) CreateSnapshot(meta SnapshotMeta) (SnapshotWriter, error) {
+	return &memorySnapshot{storage: m, meta: meta}, nil
+}
+
+// OpenSnapshot implements Storage.
+func (m *MemoryStorage) OpenSnapshot(last EntryID) (SnapshotMeta, SnapshotReader, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for _, s := range m.snapshots {
+		if s.meta.Last == last {
+			return s.meta, memoryReader{bytes.NewReader(s.data)}, nil
+		}
+	}
+	return SnapshotMeta{}, nil, errNoSnapshot(last)
+}
+
+type memoryReader struct{ *bytes.Reader }
+
+func (memoryReader) Close() error { return nil }
+
+func (s *memorySnapshot) Write(p []byte) (int, error) {
+	s.data = append(s.data, p...)
+	return len(p), nil
+}
+
+func (s *memorySnapshot) Size() int64  { return int64(len(s.data)) }
+func (s *memorySnapshot) Sync() error  { return nil }
+func (s *memorySnapshot) Abort() error { return nil }
+
+func (s *memorySnapshot) Commit() error {
+	m := s.storage
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.snapshots = append(m.snapshots, s)
+	slices.SortStableFunc(m.snapshots, func(a, b *memorySnapshot) int { return cmp.Compare(b.meta.Last.Index, a.meta.Last.Index) })
+	m.snapshots = m.snapshots[:min(len(m.snapshots), keptSnapshots)]
 	return nil
 }
 

@@ -342,6 +342,18 @@ func (h *Harness) Transfer(i int) {
 	h.lead("Transfer", func(ctx context.Context, s *Server) error { return s.TransferLeadership(ctx, id) })
 }
 
+// TakeSnapshot has node i store a snapshot of its state machine.
+func (h *Harness) TakeSnapshot(i int) {
+	h.t.Helper()
+	s := h.node(i).server
+	h.action("TakeSnapshot %d", i)
+	ctx, cancel := context.WithTimeout(context.Background(), h.patience)
+	defer cancel()
+	if err := s.TakeSnapshot(ctx); err != nil {
+		h.t.Fatalf("TakeSnapshot of node %d: %v", i, err)
+	}
+}
+
 // lead has the leader do what only a leader can, and tries again where another
 // leader or a little later may succeed.
 func (h *Harness) lead(what string, f func(context.Context, *Server) error) {

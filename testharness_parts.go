@@ -509,6 +509,12 @@ type echo struct{}
 
 func (echo) Apply(e Entry) []byte { return e.Data }
 
+func (echo) Snapshot() (Capture, error) {
+	return CaptureFunc(func(context.Context, io.Writer) error { return nil }), nil
+}
+
+func (echo) Restore(io.Reader) error { return nil }
+
 func (h *Harness) newMachine(i int) *harnessMachine {
 	var user StateMachine = echo{}
 	if h.options.machine != nil {
@@ -532,6 +538,55 @@ func (m *harnessMachine) Apply(e Entry) []byte {
 	r := m.user.Apply(e)
 	m.record(e)
 	return r
+}
+
+// Snapshot captures the user's machine. What is written begins with the last
+// applied index, so that Restore knows what the state includes.
+func (m *harnessMachine) Snapshot() (Capture, error) {
+	m.turn <- struct{}{}
+	defer func() { <-m.turn }()
+	c, err := m.user.Snapshot()
+	if err != nil || c == nil {
+		return nil, err
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return &harnessCapture{c, m.last}, nil
+}
+
+type harnessCapture struct {
+	Capture
+	last Index
+}
+
+func (c *harnessCapture) WriteTo(ctx context.Context, w io.Writer) error {
+	if _, err := w.Write(binary.LittleEndian.AppendUint64(nil, uint64(c.last))); err != nil {
+		return err
+	}
+	return c.Capture.WriteTo(ctx, w)
+}
+
+func (m *harnessMachine) Restore(r io.Reader) error {
+	var last [8]byte
+	if _, err := io.ReadFull(r, last[:]); err != nil {
+		return err
+	}
+	m.turn <- struct{}{}
+	defer func() { <-m.turn }()
+	if err := m.user.Restore(r); err != nil {
+		return err
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.last, m.at = Index(binary.LittleEndian.Uint64(last[:])), map[string]Index{}
+	m.h.mu.Lock()
+	defer m.h.mu.Unlock()
+	for i, e := range m.h.applied {
+		if at, known := m.at[string(e.Data)]; i <= m.last && (!known || i < at) {
+			m.at[string(e.Data)] = i
+		}
+	}
+	return nil
 }
 
 type harnessBatchMachine struct{ *harnessMachine }

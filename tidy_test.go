@@ -26,8 +26,7 @@ import (
 // coreFiles hold the algorithm and what it is made of: no lock, clock,
 // goroutine, channel or I/O. The simulator runs exactly these.
 var coreFiles = []string{
-	"change.go", "core.go", "election.go", "entry.go", "errors.go", "event.go", "invariants.go", "log.go", "membership.go",
-	"message.go", "outbox.go", "pending.go", "progress.go", "quorum.go", "replication.go", "transfer.go",
+	"change.go", "core.go", "election.go", "entry.go", "errors.go", "event.go", "invariants.go", "log.go", "membership.go", "message.go", "outbox.go", "pending.go", "progress.go", "quorum.go", "replication.go", "snapshot.go", "transfer.go",
 }
 
 // coreImports are all that core files may import. Of the packages with a list,
@@ -50,7 +49,9 @@ var coreImports = map[string][]string{
 // goroutine begins; see the table in docs/DESIGN.md, "Goroutines". Those of
 // package raft begin in (*ConsensusModule).start, given a function here.
 var startedGoroutines = []string{
+	"capture.go: (*applier).capture starts a.runCapture",
 	"form.go: (*Server).startForming starts s.runForming",
+	"install.go: (*Server).snapshot starts s.runSnapshot",
 	"internal/wal/wal.go: Open starts l.runTend",
 	"link.go: (*link).push starts l.run",
 	"raft.go: (*ConsensusModule).run starts a.run",

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net"
 	"os"
@@ -40,6 +41,25 @@ type countingMachine struct {
 func (m *countingMachine) Apply(e raft.Entry) []byte {
 	m.commands.Add(1)
 	m.bytes.Add(int64(len(e.Data)))
+	return nil
+}
+
+// Snapshot captures the two counts.
+func (m *countingMachine) Snapshot() (raft.Capture, error) {
+	commands, bytes := m.commands.Load(), m.bytes.Load()
+	return raft.CaptureFunc(func(_ context.Context, w io.Writer) error {
+		_, err := fmt.Fprintln(w, commands, bytes)
+		return err
+	}), nil
+}
+
+func (m *countingMachine) Restore(r io.Reader) error {
+	var commands, bytes int64
+	if _, err := fmt.Fscan(r, &commands, &bytes); err != nil {
+		return err
+	}
+	m.commands.Store(commands)
+	m.bytes.Store(bytes)
 	return nil
 }
 

@@ -1,11 +1,16 @@
 package main
 
 import (
+	"bufio"
 	"bytes"
 	"cmp"
+	"context"
 	"encoding/binary"
+	"encoding/gob"
 	"errors"
 	"fmt"
+	"io"
+	"maps"
 	"slices"
 	"sync"
 
@@ -61,6 +66,51 @@ func (s *Store) Apply(e raft.Entry) []byte {
 		return result{status: statusOK, version: old.version}.encode()
 	}
 	return result{status: statusOK, version: old.version, value: old.value}.encode()
+}
+
+// storedItem is an item in a snapshot.
+type storedItem struct {
+	Key     string
+	Value   []byte
+	Version raft.Index
+}
+
+// Snapshot captures the keys as they are now. Values never change in place, so
+// copying the map is all that Apply has to wait for.
+func (s *Store) Snapshot() (raft.Capture, error) {
+	s.mu.Lock()
+	items := maps.Clone(s.items)
+	s.mu.Unlock()
+	return raft.CaptureFunc(func(ctx context.Context, w io.Writer) error {
+		out := bufio.NewWriter(w)
+		enc := gob.NewEncoder(out)
+		for key, it := range items {
+			if err := cmp.Or(ctx.Err(), enc.Encode(storedItem{key, it.value, it.version})); err != nil {
+				return err
+			}
+		}
+		return out.Flush()
+	}), nil
+}
+
+// Restore replaces all keys by those of a snapshot.
+func (s *Store) Restore(r io.Reader) error {
+	items := map[string]item{}
+	for dec := gob.NewDecoder(r); ; {
+		var it storedItem
+		err := dec.Decode(&it)
+		if err == io.EOF {
+			break
+		}
+		if err != nil {
+			return err
+		}
+		items[it.Key] = item{it.Value, it.Version}
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.items = items
+	return nil
 }
 
 // keyInfo is a key as the status page shows it.

@@ -1,0 +1,178 @@
+package raft
+
+import (
+	"cmp"
+	"errors"
+	"fmt"
+	"math"
+	"path/filepath"
+	"slices"
+	"sync"
+	"time"
+
+	"example.com/raft/internal/snap"
+)
+
+// snapshotStore is the part of a data directory that holds snapshots: one file
+// each, whose header is a SnapshotMeta (docs/FORMAT.md, "Snapshots").
+type snapshotStore struct {
+	storage *diskStorage
+	dir     string
+
+	mu    sync.Mutex // held while the directory changes; no step waits for it
+	metas []SnapshotMeta
+}
+
+// open finds the complete snapshots and removes what a crash left of others.
+// One whose header can't be read is left out: recovery falls back to an older
+// one, or refuses.
+func (t *snapshotStore) open() ([]SnapshotMeta, error) {
+	fs := t.storage.fs
+	t.metas = nil
+	if err := snap.Clean(fs, t.dir); err != nil {
+		return nil, fmt.Errorf("raft: clean %s: %w", t.dir, err)
+	}
+	names, err := snap.List(fs, t.dir)
+	if err != nil {
+		return nil, fmt.Errorf("raft: list %s: %w", t.dir, err)
+	}
+	for _, name := range names {
+		meta, r, err := t.read(name)
+		if corrupt := (*CorruptError)(nil); errors.As(err, &corrupt) {
+			continue // it stays for whoever examines it, until newer ones replace it
+		}
+		if err != nil {
+			return nil, err
+		}
+		r.Close()
+		t.metas = append(t.metas, meta)
+	}
+	t.sort()
+	return slices.Clone(t.metas), nil
+}
+
+func (t *snapshotStore) sort() {
+	slices.SortFunc(t.metas, func(a, b SnapshotMeta) int { return cmp.Compare(b.Last.Index, a.Last.Index) })
+}
+
+func (t *snapshotStore) read(name string) (SnapshotMeta, *snapshotFile, error) {
+	r, err := snap.Open(t.storage.fs, t.dir, name)
+	if err != nil {
+		return SnapshotMeta{}, nil, t.storage.explain(err)
+	}
+	meta, err := decodeSnapshotMeta(r.Header())
+	if err == nil && snapshotName(&meta) != name {
+		err = fmt.Errorf("the header of snapshot %s", snapshotName(&meta))
+	}
+	if err != nil {
+		r.Close()
+		return meta, nil, &CorruptError{File: filepath.Join(t.dir, name), Found: err.Error(), Do: doRestore}
+	}
+	return meta, &snapshotFile{r, t.storage}, nil
+}
+
+// snapshotName sorts by the index of the last entry. The ID keeps apart what a
+// node took and what it received.
+func snapshotName(m *SnapshotMeta) string {
+	return fmt.Sprintf("%020d-%d-%x", m.Last.Index, m.Last.Term, m.ID[:8])
+}
+
+// CreateSnapshot implements Storage.
+func (d *diskStorage) CreateSnapshot(meta SnapshotMeta) (SnapshotWriter, error) {
+	w, err := snap.Create(d.fs, d.snapshots.dir, snapshotName(&meta), meta.encode(nil))
+	if err != nil {
+		return nil, fmt.Errorf("raft: begin a snapshot in %s: %w", d.snapshots.dir, err)
+	}
+	return &snapshotFileWriter{w, d, meta}, nil
+}
+
+// OpenSnapshot implements Storage.
+func (d *diskStorage) OpenSnapshot(last EntryID) (SnapshotMeta, SnapshotReader, error) {
+	t := &d.snapshots
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	for i := range t.metas {
+		if t.metas[i].Last == last {
+			meta, r, err := t.read(snapshotName(&t.metas[i]))
+			if err != nil {
+				return meta, nil, err
+			}
+			return meta, r, nil
+		}
+	}
+	return SnapshotMeta{}, nil, errNoSnapshot(last)
+}
+
+// snapshotFileWriter writes one snapshot file.
+type snapshotFileWriter struct {
+	*snap.Writer
+	storage *diskStorage
+	meta    SnapshotMeta
+}
+
+// Commit makes the snapshot durable and visible, and only then removes older
+// ones: a power cut leaves those that the log may need.
+func (w *snapshotFileWriter) Commit() error {
+	t := &w.storage.snapshots
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if err := w.Writer.Commit(); err != nil {
+		return fmt.Errorf("raft: store a snapshot in %s: %w", t.dir, err)
+	}
+	t.metas = append(t.metas, w.meta)
+	t.sort()
+	keep := map[string]bool{}
+	for i := range t.metas[:min(len(t.metas), keptSnapshots)] {
+		keep[snapshotName(&t.metas[i])] = true
+	}
+	t.metas = t.metas[:min(len(t.metas), keptSnapshots)]
+	names, err := snap.List(w.storage.fs, t.dir)
+	for _, name := range names {
+		if err == nil && !keep[name] {
+			err = snap.Remove(w.storage.fs, t.dir, name)
+		}
+	}
+	if err != nil {
+		return fmt.Errorf("raft: remove an old snapshot from %s: %w", t.dir, err)
+	}
+	return nil
+}
+
+// snapshotFile reads one snapshot file.
+type snapshotFile struct {
+	*snap.Reader
+	storage *diskStorage
+}
+
+func (f *snapshotFile) ReadAt(p []byte, off int64) (int, error) {
+	n, err := f.Reader.ReadAt(p, off)
+	return n, f.storage.explain(err)
+}
+
+const snapshotMetaVersion = 1
+
+// encode appends what a snapshot's header says, on disk and on the wire.
+func (m *SnapshotMeta) encode(b []byte) []byte {
+	b = append(append(b, snapshotMetaVersion), m.ID[:]...)
+	b = appendUint64s(b, uint64(m.Last.Index), uint64(m.Last.Term), nanoseconds(m.Time), uint64(m.ConfigIndex))
+	b = appendUint64s(b, 0) // bytes of sessions, which come before the state
+	return append(b, m.Config...)
+}
+
+var errSnapshotMeta = errors.New("raft: snapshot header is malformed")
+
+func decodeSnapshotMeta(b []byte) (m SnapshotMeta, err error) {
+	r := reader{b: b}
+	version := r.byte()
+	copy(m.ID[:], r.bytes(16))
+	m.Last, m.Time, m.ConfigIndex = r.entryID(), time.Unix(0, int64(r.uint64())).UTC(), Index(r.uint64())
+	sessions := r.uint64()
+	if r.err != nil || version != snapshotMetaVersion || sessions != 0 || m.Last.Index == 0 || m.Last.Index > math.MaxInt64 || m.ConfigIndex > m.Last.Index {
+		return SnapshotMeta{}, errSnapshotMeta
+	}
+	m.Config = slices.Clone(r.b)
+	if _, err := decodeConfiguration(m.Config); err != nil {
+		return SnapshotMeta{}, err
+	}
+	return m, nil
+}

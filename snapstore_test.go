@@ -1,0 +1,249 @@
+package raft
+
+import (
+	"bytes"
+	"errors"
+	"io"
+	"io/fs"
+	"strings"
+	"testing"
+	"time"
+
+	"example.com/raft/internal/snap"
+)
+
+// snapshotUpTo is the header of a snapshot that ends at an entry.
+func snapshotUpTo(i Index, term Term, id byte) SnapshotMeta {
+	conf := configuration{members: []member{{id: 1, name: "a"}, {id: memberID(id), name: "b"}}}
+	return SnapshotMeta{ID: [16]byte{id}, Last: EntryID{i, term}, Time: time.Unix(int64(i), 0).UTC(), ConfigIndex: 1, Config: conf.encode()}
+}
+
+func storeSnapshot(t *testing.T, s Storage, meta SnapshotMeta, text string) {
+	t.Helper()
+	w, err := s.CreateSnapshot(meta)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, part := range []string{text[:len(text)/2], text[len(text)/2:]} {
+		if n, err := io.WriteString(w, part); err != nil || n != len(part) {
+			t.Fatalf("wrote %d of %d bytes: %v", n, len(part), err)
+		}
+		if err := w.Sync(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if w.Size() != int64(len(text)) {
+		t.Fatalf("size is %d after %d bytes", w.Size(), len(text))
+	}
+	if err := errors.Join(w.Commit(), w.Abort()); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func checkSnapshot(t *testing.T, s Storage, want SnapshotMeta, text string) {
+	t.Helper()
+	meta, r, err := s.OpenSnapshot(want.Last)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	got, err := io.ReadAll(io.NewSectionReader(r, 0, r.Size()))
+	if err != nil || string(got) != text || !sameMeta(meta, want) {
+		t.Fatalf("snapshot %+v with %d bytes (%v), want %+v with %d", meta, len(got), err, want, len(text))
+	}
+}
+
+func sameMeta(a, b SnapshotMeta) bool {
+	return a.ID == b.ID && a.Last == b.Last && a.Time.Equal(b.Time) && a.ConfigIndex == b.ConfigIndex && bytes.Equal(a.Config, b.Config)
+}
+
+// The contract of a Storage's snapshots, for every implementation: what was not
+// committed was never there, the two newest stay, and a reader outlives what
+// it reads.
+func TestStorageSnapshots(t *testing.T) {
+	text := func(i Index) string { return strings.Repeat(string(rune('a'+i%26)), 300_000) }
+	for name, open := range storages(t) {
+		t.Run(name, func(t *testing.T) {
+			s := open()
+			mustOpen(t, s)
+			if _, _, err := s.OpenSnapshot(EntryID{3, 1}); !errors.Is(err, fs.ErrNotExist) {
+				t.Fatalf("OpenSnapshot of an empty storage: %v", err)
+			}
+			unfinished, err := s.CreateSnapshot(snapshotUpTo(9, 1, 9))
+			if err != nil {
+				t.Fatal(err)
+			}
+			io.WriteString(unfinished, text(9))
+			for i := Index(3); i <= 4; i++ {
+				storeSnapshot(t, s, snapshotUpTo(i, 1, byte(i)), text(i))
+			}
+			_, old, err := s.OpenSnapshot(EntryID{3, 1})
+			if err != nil {
+				t.Fatal(err)
+			}
+			for i := Index(7); i >= 5; i -= 2 { // a received one may be older than the own
+				storeSnapshot(t, s, snapshotUpTo(i, 2, byte(i)), text(i))
+			}
+			got, err := io.ReadAll(io.NewSectionReader(old, 0, old.Size()))
+			if err != nil || string(got) != text(3) {
+				t.Fatalf("a reader of a snapshot that was replaced got %d bytes: %v", len(got), err)
+			}
+			old.Close()
+			if err := unfinished.Abort(); err != nil {
+				t.Fatal(err)
+			}
+			if err := s.Close(); err != nil {
+				t.Fatal(err)
+			}
+			s = open()
+			rec := mustOpen(t, s)
+			if len(rec.Snapshots) != 2 || !sameMeta(rec.Snapshots[0], snapshotUpTo(7, 2, 7)) || !sameMeta(rec.Snapshots[1], snapshotUpTo(5, 2, 5)) {
+				t.Fatalf("recovered %+v", rec.Snapshots)
+			}
+			checkSnapshot(t, s, rec.Snapshots[0], text(7))
+			checkSnapshot(t, s, rec.Snapshots[1], text(5))
+			if err := s.Close(); err != nil {
+				t.Fatal(err)
+			}
+		})
+	}
+}
+
+// A snapshot replaces a log that is shorter, and one that is longer and has
+// another entry where the snapshot ends. Nothing of that log comes back.
+func TestStorageReplacedLog(t *testing.T) {
+	for _, longer := range []bool{false, true} {
+		for name, open := range storages(t) {
+			t.Run(name, func(t *testing.T) {
+				n := 5
+				if longer {
+					n = 50
+				}
+				s := open()
+				mustOpen(t, s)
+				before := configuration{members: []member{{id: 1, name: "a"}}}
+				s.Append(Save{LSN: 1, HardState: &HardState{Term: 2}, Entries: []Entries{
+					makeEntry(entryConfiguration, EntryID{1, 0}, time.Time{}, before.encode()), run(2, n, 1, 100)}})
+				last := Index(n + 1)
+				s.Append(Save{LSN: 2, Entries: []Entries{makeEntry(entryConfiguration, EntryID{last + 1, 1}, time.Unix(1, 0), before.encode())}})
+				mustFlush(t, s, 2)
+				meta := snapshotUpTo(20, 2, 7)
+				storeSnapshot(t, s, meta, "state")
+				s.Append(Save{LSN: 3, Start: &meta.Last, Snapshot: &meta})
+				s.Append(Save{LSN: 4, Entries: []Entries{run(21, 3, 2, 100)}})
+				mustFlush(t, s, 4)
+				check := func() {
+					t.Helper()
+					checkEntries(t, s, 21, 23, func(Index) Term { return 2 })
+					for _, i := range []Index{5, 20, 24} {
+						if es, err := s.Read(i, i, 1000); err == nil {
+							t.Fatalf("entry %d is still there: %v", i, es)
+						}
+					}
+				}
+				check()
+				for range 2 {
+					if err := s.Close(); err != nil {
+						t.Fatal(err)
+					}
+					s = open()
+					rec := mustOpen(t, s)
+					if rec.Start != meta.Last || rec.Last != 23 || rec.ConfigIndex != 1 || !bytes.Equal(rec.Config, meta.Config) || len(rec.older) != 0 {
+						t.Fatalf("recovered %+v", rec)
+					}
+					check()
+				}
+				s.Close()
+			})
+		}
+	}
+}
+
+// damageSnapshot flips a byte of a snapshot file of a crashed node: in the
+// payload, or near the end.
+func damageSnapshot(t *testing.T, h *Harness, i int, which int, fromEnd int64) {
+	t.Helper()
+	disk := h.node(i).disk.mem
+	names, err := snap.List(disk, "data/snap")
+	if err != nil || len(names) == 0 {
+		t.Fatal(names, err)
+	}
+	f, err := disk.Open("data/snap/" + names[which] + ".snap")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	size, err := f.Size()
+	if err != nil {
+		t.Fatal(err)
+	}
+	b := make([]byte, 1)
+	if _, err := f.ReadAt(b, size-fromEnd); err != nil {
+		t.Fatal(err)
+	}
+	b[0] ^= 1
+	if _, err := f.WriteAt(b, size-fromEnd); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// A damaged snapshot is never restored. The one before it is, if the log goes
+// on from there; otherwise the node refuses to start and says what to do.
+func TestDamagedSnapshot(t *testing.T) {
+	for name, c := range map[string]struct {
+		keep    int   // KeepLogBytes
+		fromEnd int64 // where the newest is damaged
+		both    bool
+		starts  bool
+	}{
+		"state, log goes back":      {1 << 20, 40, false, true},
+		"end, log goes back":        {1 << 20, 1, false, true},
+		"state, log does not":       {1, 40, false, false},
+		"end, log does not":         {1, 1, false, false},
+		"both states, log complete": {1 << 20, 40, true, false}, // the machine has seen half of one
+		"both ends, log complete":   {1 << 20, 1, true, true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			snapshots(t, 1, func(t *testing.T, h *Harness) {
+				for _, what := range []string{"a", "b", "c"} {
+					proposeN(t, h, what, 5)
+					h.TakeSnapshot(0)
+				}
+				proposeN(t, h, "d", 3)
+				want := readJournal(h, 0)
+				h.CrashPeer(0)
+				damageSnapshot(t, h, 0, 1, c.fromEnd)
+				if c.both {
+					damageSnapshot(t, h, 0, 0, c.fromEnd)
+				}
+				if !c.starts {
+					var corrupt *CorruptError
+					if err := h.tryStart(0); !errors.As(err, &corrupt) || corrupt.Do == "" {
+						t.Fatalf("Start: %v", err)
+					}
+					return
+				}
+				h.RestartPeer(0)
+				proposeN(t, h, "e", 1)
+				if got := readJournal(h, 0); got != want+" e0" {
+					t.Fatalf("after the restart it has %q, want %q and e0", got, want)
+				}
+			}, WithConfig(func(_ int, conf *Config) { conf.KeepLogBytes = c.keep }))
+		})
+	}
+}
+
+// A leader whose newest snapshot is damaged finds out when it sends it, takes
+// another one, and sends that.
+func TestDamagedSnapshotIsNotSent(t *testing.T) {
+	snapshots(t, 3, func(t *testing.T, h *Harness) {
+		leader, behind := leaveBehind(t, h, 10)
+		damageSnapshot(t, h, leader, 0, 40)
+		proposeN(t, h, "b", 3)
+		h.ReconnectPeer(behind)
+		caughtUp(t, h, behind)
+		if n := journalOf(h, leader).snapshots.Load(); n != 2 {
+			t.Fatalf("the leader took %d snapshots", n)
+		}
+	})
+}
