@@ -387,6 +387,9 @@ func (s *sim) onApply(n *simNode) {
 	s.load.settle(s, settled)
 	c.want(n.wait.highest())
 	s.scheduleApply(n)
+	if s.faulty && s.chance(s.swarm.compactP) {
+		s.compact(n)
+	}
 }
 
 // boundary is a point at which a crash may have been armed. It returns true

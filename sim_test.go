@@ -98,8 +98,10 @@ type simSwarm struct {
 	keys          int
 	lagMax        Index // clients pause while a node is this far behind
 	rounds        int
-	roundTimeouts int // length of a round of faults in election timeouts
-	losses        int // how many voters may lose their disk; always a minority
+	roundTimeouts int     // length of a round of faults in election timeouts
+	compactP      float64 // a node drops a prefix of its log after it has applied something
+	prepareP      float64 // the real log is tended after a flush: segments prepared and reclaimed
+	losses        int     // how many voters may lose their disk; always a minority
 }
 
 type sim struct {
@@ -329,6 +331,8 @@ func (s *sim) drawSwarm() {
 	if s.chance(0.4) {
 		w.losses = s.between(1, 3)
 	}
+	w.prepareP = s.logUniform(0.02, 1)
+	w.compactP = s.sometimes(0.7, 0.002, 0.2)
 }
 
 // drawChurn makes leaderships short and messages old: the conditions of

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"math/rand/v2"
+	"slices"
 	"time"
 
 	"example.com/raft/internal/vfs"
@@ -239,14 +240,16 @@ func (n *simNode) flushDisk(lsn LSN) (LSN, error) {
 	case s.strikes(faultPower, n.i, s.swarm.boundaryP*0.01):
 		w.failSoon(errSimPower, 4)
 	}
-	if s.chance(0.02) && w.ops == 0 {
-		if err := w.storage.log.Prepare(); err != nil && !s.mayFail(n, err) {
-			s.fail("node %d prepares a segment: %v", n.i, err)
-		}
-	}
+	released := slices.ContainsFunc(n.disk.staged, func(save Save) bool { return save.Start != nil })
 	lsn, err := w.storage.Flush()
 	if err != nil && !w.fired && !s.mayFail(n, err) {
 		s.fail("node %d can't flush a sound disk: %v", n.i, err)
+	}
+	if err == nil {
+		n.disk.flushTo(lsn)
+		if s.chance(s.swarm.prepareP) || released && s.chance(0.5) {
+			err = s.prepareDisk(n)
+		}
 	}
 	if err == nil && s.chance(0.05) && w.ops == 0 {
 		if err := w.storage.Seal(); err != nil {
@@ -257,8 +260,21 @@ func (n *simNode) flushDisk(lsn LSN) (LSN, error) {
 	if err != nil {
 		return 0, err
 	}
-	n.disk.flushTo(lsn)
 	return lsn, nil
+}
+
+// prepareDisk does what the log's own goroutine does elsewhere: it prepares the
+// next segment and reclaims those that have been released. The power may fail
+// meanwhile; any other error comes back when the log needs a segment.
+func (s *sim) prepareDisk(n *simNode) error {
+	err := n.wal.storage.log.Prepare()
+	if errors.Is(err, errSimPower) {
+		return errSimPower
+	}
+	if err != nil && !s.mayFail(n, err) {
+		s.fail("node %d prepares a segment: %v", n.i, err)
+	}
+	return nil
 }
 
 // crashDisk loses what is lost when the node stops.

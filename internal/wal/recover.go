@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"slices"
 )
 
 // recovery reads a log from its directory. It follows "Recovery" in
@@ -24,6 +23,7 @@ type recovery struct {
 	pos     uint64 // stream position
 	pending []byte // the carried kinds of records in the last batch
 
+	shared []byte   // memory of the window; segments are read one after another
 	end    int      // index of the segment in which the log ends
 	unused *segment // the one prepared after it, or nil
 }
@@ -36,6 +36,7 @@ func (l *Log) recover(ctx context.Context, replay func(LSN, Record) error) error
 	}
 	r := &recovery{l: l, ctx: ctx, replay: replay}
 	defer func() { l.segs = r.segs }() // closed by the caller if Open fails
+	var block [blockSize]byte
 	for _, name := range names {
 		if id, ok := parseName(name, spareSuffix); ok {
 			l.spareID = max(l.spareID, id)
@@ -49,7 +50,7 @@ func (l *Log) recover(ctx context.Context, replay func(LSN, Record) error) error
 			return err
 		}
 		r.segs = append(r.segs, seg)
-		if err := l.checkSegment(seg, number); err != nil {
+		if err := l.checkSegment(seg, number, &block); err != nil {
 			return err
 		}
 		if n := len(r.segs); n > 1 && r.segs[n-2].header.number+1 != number {
@@ -89,9 +90,9 @@ func (l *Log) openSegment(name string) (*segment, error) {
 	return &segment{name: name, file: f, off: blockSize}, nil
 }
 
-// readHeader reads and decodes the segment's header. wrong is what is the
+// readHeader reads the segment's header into b and decodes it. wrong is what is the
 // matter with it, err an error of the disk.
-func (l *Log) readHeader(seg *segment) (wrong string, err error) {
+func (l *Log) readHeader(seg *segment, b *[blockSize]byte) (wrong string, err error) {
 	size, err := seg.file.Size()
 	if err != nil {
 		return "", fmt.Errorf("wal: %s: %w", seg.name, err)
@@ -99,11 +100,10 @@ func (l *Log) readHeader(seg *segment) (wrong string, err error) {
 	if size < 4*blockSize {
 		return fmt.Sprintf("a file of %d bytes, too short for a segment", size), nil
 	}
-	b := make([]byte, blockSize)
-	if err := readFull(seg, b, 0); err != nil {
+	if err := readFull(seg, b[:], 0); err != nil {
 		return "", err
 	}
-	seg.header, wrong = decodeSegmentHeader(b)
+	seg.header, wrong = decodeSegmentHeader(b[:])
 	if wrong == "" && seg.header.version <= formatVersion && seg.header.size != size {
 		wrong = fmt.Sprintf("a file of %d bytes where the header says %d", size, seg.header.size)
 	}
@@ -111,8 +111,8 @@ func (l *Log) readHeader(seg *segment) (wrong string, err error) {
 }
 
 // checkSegment refuses a segment that cannot be part of this log.
-func (l *Log) checkSegment(seg *segment, number uint64) error {
-	wrong, err := l.readHeader(seg)
+func (l *Log) checkSegment(seg *segment, number uint64, b *[blockSize]byte) error {
+	wrong, err := l.readHeader(seg, b)
 	if err != nil {
 		return err
 	}
@@ -150,7 +150,7 @@ func (r *recovery) readSegment(i int) (ended bool, err error) {
 	if seg.header.recovered && r.have && seg.header.follows != r.link() {
 		return false, corrupt(r.path(seg), 64, "a segment that follows batch %d (%08x) where batch %d (%08x) comes before", seg.header.follows.seq, seg.header.follows.crc, r.last.seq, r.lastCRC)
 	}
-	w := &window{seg: seg}
+	w := r.window(seg)
 	for {
 		if recovered && r.have && r.last.seq == next.header.follows.seq {
 			return false, nil // next checks the checksum; the rest here does not count
@@ -199,7 +199,7 @@ func (r *recovery) checkEnd(i int, w *window) error {
 	if r.unused == nil {
 		return nil
 	}
-	return r.noneLater(seg, r.unused, blockSize, &window{seg: r.unused})
+	return r.noneLater(seg, r.unused, blockSize, r.window(r.unused))
 }
 
 // noneLater checks that no block of in, from off on, holds a valid batch
@@ -323,18 +323,26 @@ func validBatch(w *window, seg *segment, off int64) (h batchHeader, crc uint32, 
 // window reads a segment in large pieces.
 type window struct {
 	seg *segment
+	r   *recovery // whose shared memory it uses
 	off int64
 	b   []byte
 }
 
 const windowBytes = 1 << 20
 
+// window returns a window on a segment. It is the end of an earlier one.
+func (r *recovery) window(seg *segment) *window { return &window{seg: seg, r: r} }
+
 // at returns n bytes at off, which lie within the segment. They are good until
 // the next call.
 func (w *window) at(off, n int64) ([]byte, error) {
 	if off < w.off || off+n > w.off+int64(len(w.b)) {
 		size := min(max(n, windowBytes), w.seg.header.size-off)
-		w.b = slices.Grow(w.b[:0], int(size))[:size]
+		if w.b = w.r.shared; int64(cap(w.b)) < size {
+			w.b = make([]byte, size)
+			w.r.shared = w.b
+		}
+		w.b = w.b[:size]
 		w.off = off
 		if err := readFull(w.seg, w.b, off); err != nil {
 			w.b = w.b[:0]
@@ -407,7 +415,7 @@ func (l *Log) renewSeal(r *recovery) error {
 // where it is, because it may have been acknowledged.
 func (l *Log) copyLast(r *recovery) error {
 	old := r.segs[r.lastIn]
-	h, crc, body, err := validBatch(&window{seg: old}, old, r.lastOff)
+	h, crc, body, err := validBatch(r.window(old), old, r.lastOff)
 	if err != nil {
 		return err
 	}
@@ -453,6 +461,7 @@ func (l *Log) copyLast(r *recovery) error {
 // or were not finished: a valid header is written only to a file that has been
 // filled and synced.
 func (l *Log) adoptSpares(names []string) error {
+	var block [blockSize]byte
 	for _, name := range names {
 		if _, ok := parseName(name, spareSuffix); !ok {
 			continue
@@ -461,7 +470,7 @@ func (l *Log) adoptSpares(names []string) error {
 		if err != nil {
 			return err
 		}
-		wrong, err := l.readHeader(seg)
+		wrong, err := l.readHeader(seg, &block)
 		if err == nil && wrong == "" && len(l.spares) < l.o.MaxSpares && l.recyclable(seg) {
 			l.spares = append(l.spares, seg)
 			continue
