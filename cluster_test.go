@@ -23,6 +23,7 @@ type testCluster struct {
 	cuts  [][2]memberID  // from and to: what is sent there is lost
 	now   time.Time
 	trace strings.Builder // what happened, a line each
+	quiet bool            // leaves trace empty
 
 	leaders   map[Term]memberID
 	committed []Term // the terms of committed entries, from entry 1 on
@@ -120,6 +121,9 @@ func (tc *testCluster) node(name string) *testNode {
 func (tc *testCluster) name(id memberID) string { return tc.nodes[id-1].name }
 
 func (tc *testCluster) say(format string, args ...any) {
+	if tc.quiet {
+		return
+	}
 	fmt.Fprintf(&tc.trace, format+"\n", args...)
 }
 
@@ -386,6 +390,9 @@ func (tc *testCluster) checkProperties(n *testNode) {
 
 // describe returns a message as a line.
 func (tc *testCluster) describe(m *testMessage) string {
+	if tc.quiet {
+		return ""
+	}
 	var what string
 	switch v, a := m.req.vote, m.req.append; {
 	case m.reply == nil && v != nil:
