@@ -17,6 +17,7 @@ type applier struct {
 	cm      *ConsensusModule
 	machine StateMachine
 	batch   BatchApplier    // machine, if it is one
+	disk    OnDisk          // machine, if it is one
 	ctx     context.Context // ends with the node
 	read    []Entries       // taken from the log, not yet applied
 
@@ -32,8 +33,9 @@ type applier struct {
 
 func newApplier(ctx context.Context, cm *ConsensusModule, conf *Config) *applier {
 	b, _ := conf.StateMachine.(BatchApplier)
+	d, _ := conf.StateMachine.(OnDisk)
 	return &applier{
-		cm: cm, ctx: ctx, machine: conf.StateMachine, batch: b,
+		cm: cm, ctx: ctx, machine: conf.StateMachine, batch: b, disk: d,
 		policy: snapshotPolicy{
 			everyBytes: int64(conf.SnapshotEveryBytes), everyEntries: int64(conf.SnapshotEveryEntries), keepBytes: int64(conf.KeepLogBytes),
 		},
@@ -88,12 +90,24 @@ func (a *applier) replaced() (EntryID, bool) {
 // note remembers what a snapshot after this run says of the log.
 func (a *applier) note(run Entries) {
 	a.policy.applied(run)
-	a.lastTime = lastTimeOf(run)
-	for i := range run.Len() {
+	a.lastTime, a.config = lastTimeOf(run), a.configAfter(run)
+}
+
+func (a *applier) configAfter(run Entries) configAt {
+	for i := run.Len() - 1; i >= 0; i-- {
 		if run.kind(i) == entryConfiguration {
-			a.config = configAt{run.First() + Index(i), slices.Clone(run.data(i))}
+			return configAt{run.First() + Index(i), slices.Clone(run.data(i))}
 		}
 	}
+	return a.config
+}
+
+// metaAfter says what the state includes once run is applied.
+func (a *applier) metaAfter(run Entries) []byte {
+	conf := a.configAfter(run)
+	last := run.Len() - 1
+	m := SnapshotMeta{Last: EntryID{run.Last(), run.term(last)}, Time: lastTimeOf(run), ConfigIndex: conf.index, Config: conf.data}
+	return m.encode(nil)
 }
 
 // next returns the next run of committed entries, from memory or from storage.
@@ -105,7 +119,7 @@ func (a *applier) next() (Entries, bool) {
 	}
 	cm := a.cm
 	cm.mu.Lock()
-	lo, hi := cm.pending.applied+1, cm.core.commitIndex
+	lo, hi := cm.pending.applied+1, cm.applicable()
 	if lo > hi || lo <= cm.core.log.start.Index || cm.core.role == Dead {
 		cm.mu.Unlock()
 		return Entries{}, false
@@ -145,8 +159,10 @@ func (a *applier) apply(run Entries) (results [][]byte, err error) {
 		}
 	}()
 	a.cm.applying.Store(uint64(current))
-	if a.batch != nil {
-		a.applyBatch(run, results)
+	if a.batch != nil || a.disk != nil {
+		if err := a.applyBatch(run, results); err != nil {
+			return nil, &ApplyError{Index: current, Value: err}
+		}
 		return results, nil
 	}
 	for i := range run.Len() {
@@ -163,7 +179,7 @@ func (a *applier) apply(run Entries) (results [][]byte, err error) {
 	return results, nil
 }
 
-func (a *applier) applyBatch(run Entries, results [][]byte) {
+func (a *applier) applyBatch(run Entries, results [][]byte) error {
 	a.entries, a.at = a.entries[:0], a.at[:0]
 	for i := range run.Len() {
 		if run.kind(i) == entryCommand {
@@ -171,19 +187,26 @@ func (a *applier) applyBatch(run Entries, results [][]byte) {
 		}
 	}
 	if len(a.entries) == 0 {
-		return
+		return nil
 	}
+	defer func() { clear(a.entries) }()
 	out := results
 	if len(a.entries) < run.Len() {
 		out = make([][]byte, len(a.entries))
 	}
-	a.batch.ApplyBatch(a.entries, out)
+	if a.disk != nil {
+		if err := a.disk.ApplyOnDisk(a.entries, out, a.metaAfter(run)); err != nil {
+			return err
+		}
+	} else {
+		a.batch.ApplyBatch(a.entries, out)
+	}
 	if len(a.entries) < run.Len() {
 		for k, i := range a.at {
 			results[i] = out[k]
 		}
 	}
-	clear(a.entries)
+	return nil
 }
 
 // tell wakes everybody who waited for this run.

@@ -253,7 +253,7 @@ func (a *applier) restore(last EntryID) error {
 	}
 	defer r.Close()
 	cm.applying.Store(uint64(last.Index))
-	err = callRestore(a.ctx, a.machine, last.Index, r)
+	err = callRestore(a.ctx, a.machine, &meta, r)
 	cm.applying.Store(0)
 	if err != nil {
 		return err
@@ -279,11 +279,16 @@ func (a *applier) restored(meta *SnapshotMeta) {
 
 // callRestore calls the state machine's Restore. An error of the reader, which
 // says that the snapshot is damaged, comes back as it is.
-func callRestore(ctx context.Context, m StateMachine, i Index, r SnapshotReader) (err error) {
-	defer recovered("Restore", i, &err)
+func callRestore(ctx context.Context, m StateMachine, meta *SnapshotMeta, r SnapshotReader) (err error) {
+	defer recovered("Restore", meta.Last.Index, &err)
 	in := &contextReader{ctx: ctx, r: io.NewSectionReader(r, 0, r.Size())}
-	if err := m.Restore(bufio.NewReaderSize(in, 256<<10)); err != nil && in.err == nil {
-		return &SnapshotError{Op: "Restore", Index: i, Err: err}
+	if d, ok := m.(OnDisk); ok {
+		err = d.RestoreOnDisk(bufio.NewReaderSize(in, 256<<10), meta.encode(nil))
+	} else {
+		err = m.Restore(bufio.NewReaderSize(in, 256<<10))
+	}
+	if err != nil && in.err == nil {
+		return &SnapshotError{Op: "Restore", Index: meta.Last.Index, Err: err}
 	}
 	return in.err
 }

@@ -65,6 +65,25 @@ type BatchApplier interface {
 	ApplyBatch(entries []Entry, results [][]byte)
 }
 
+// OnDisk may be implemented by a StateMachine that keeps its state in a database
+// of its own, so that a restart need neither restore a snapshot nor apply the
+// log again. Its methods are then called in place of Apply and Restore.
+//
+// meta is opaque and at most 1 MiB. It says what the state includes, so it must
+// change in the same transaction as the state: after a crash both are as they
+// were, or both as they are now. Transactions may be made durable later, if they
+// are in order. Entries come only when the log on this node's disk has them.
+type OnDisk interface {
+	// Meta returns what the newest transaction that survived has stored, nil in
+	// an empty database. It is called once, by Start.
+	Meta() ([]byte, error)
+	// ApplyOnDisk executes the entries and stores meta. It sets one result per
+	// entry. After an error or a panic nothing more is applied on this node.
+	ApplyOnDisk(entries []Entry, results [][]byte, meta []byte) error
+	// RestoreOnDisk replaces the whole state by what a Capture wrote, and stores meta.
+	RestoreOnDisk(r io.Reader, meta []byte) error
+}
+
 // Config describes a node. ID, ClusterID, StateMachine and one of Dir and
 // Storage are required; zero values elsewhere mean the default.
 type Config struct {

@@ -62,16 +62,28 @@ func (e *StillRunningError) Error() string {
 }
 
 // ApplyError is why a node that still replicates and votes applies nothing any
-// more: the state machine panicked. The entry is never skipped.
+// more: the state machine panicked, or its ApplyOnDisk failed. The entry is
+// never skipped.
 type ApplyError struct {
 	Index Index
-	Value any    // what panic was called with
+	Value any    // what panic was called with, or the error that was returned
 	Stack string // of the panic; not part of Error, which is one line
 }
 
 func (e *ApplyError) Error() string {
 	value, _, _ := strings.Cut(fmt.Sprintf("%v", e.Value), "\n")
-	return fmt.Sprintf("raft: state machine panicked applying entry %d: %s; fix it and restart the node", e.Index, value)
+	what := "panicked"
+	if e.Stack == "" {
+		what = "failed"
+	}
+	return fmt.Sprintf("raft: state machine %s applying entry %d: %s; fix it and restart the node", what, e.Index, value)
+}
+
+// Unwrap returns what the state machine returned, or panicked with, if that is
+// an error.
+func (e *ApplyError) Unwrap() error {
+	err, _ := e.Value.(error)
+	return err
 }
 
 // SnapshotError says that the state machine could not take or take over a
@@ -94,6 +106,18 @@ func (e *SnapshotError) Error() string {
 
 // Unwrap returns what the state machine returned.
 func (e *SnapshotError) Unwrap() error { return e.Err }
+
+// StateMachineError refuses a state machine on disk that includes an entry which
+// the log does not have: one of them is another node's, or was set back.
+type StateMachineError struct {
+	State EntryID // the last entry that the state includes
+	Log   EntryID // the last entry of the log
+}
+
+func (e *StateMachineError) Error() string {
+	return fmt.Sprintf("raft: the state machine includes entry %d of term %d, and the log, which ends with entry %d of term %d, does not: use the database and the data directory that belong together, or remove this node from the cluster and add it again with both empty; nothing was changed",
+		e.State.Index, e.State.Term, e.Log.Index, e.Log.Term)
+}
 
 // IdentityError refuses a data directory that is not this node's.
 type IdentityError struct {

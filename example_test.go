@@ -23,9 +23,11 @@ import (
 type counter struct{ n int64 }
 
 // Every node applies the same commands in the same order.
-func (c *counter) Apply(raft.Entry) []byte         { c.n++; return fmt.Append(nil, c.n) }
-func (c *counter) Snapshot() (raft.Capture, error) { return raft.CaptureBytes(fmt.Append(nil, c.n)), nil }
-func (c *counter) Restore(r io.Reader) error       { _, err := fmt.Fscan(r, &c.n); return err }
+func (c *counter) Apply(raft.Entry) []byte { c.n++; return fmt.Append(nil, c.n) }
+func (c *counter) Snapshot() (raft.Capture, error) {
+	return raft.CaptureBytes(fmt.Append(nil, c.n)), nil
+}
+func (c *counter) Restore(r io.Reader) error { _, err := fmt.Fscan(r, &c.n); return err }
 
 func Example() {
 	ctx := context.Background()

@@ -50,7 +50,8 @@ type ConsensusModule struct {
 	pending       pending
 	heartbeatDone chan struct{} // open exactly while leading; closing it stops the heartbeat goroutine
 	timerArmed    time.Time     // when the timer goroutine will wake by itself
-	commitSeen    Index
+	applySeen     Index         // the highest entry of which the applier was told
+	onDisk        bool          // the state machine must not be ahead of the log on disk
 	captures      captures
 	incoming      incomingSnapshot // has its own lock
 	stateSeen     visibleState
@@ -104,6 +105,7 @@ func newConsensusModule(s Storage, c *core, conf *Config, events *eventLog) *Con
 	cm.queue.maxBytes = conf.MaxQueueBytes
 	cm.pending.maxKept = conf.MaxQueueBytes
 	cm.pending.applied, cm.pending.term = c.newestSnapshot.Index, c.newestSnapshot.Term
+	_, cm.onDisk = conf.StateMachine.(OnDisk)
 	cm.leadership.changed = make(chan struct{})
 	cm.changed = make(chan struct{})
 	return cm
@@ -197,6 +199,9 @@ func (cm *ConsensusModule) transition(f func(c *core)) {
 	if raceEnabled {
 		if err := c.checkStep(before); err != nil {
 			panic(err)
+		}
+		if c.role != Dead && cm.pending.applied > c.commitIndex {
+			panic(invariantError("applied up to %d, and committed up to %d", cm.pending.applied, c.commitIndex))
 		}
 	}
 	cm.handOver(&out)
@@ -292,13 +297,21 @@ func (cm *ConsensusModule) handOver(out *effects) {
 		close(cm.changed)
 		cm.changed = make(chan struct{})
 	}
-	if c.commitIndex > cm.commitSeen {
-		cm.commitSeen = c.commitIndex
+	if i := cm.applicable(); i > cm.applySeen {
+		cm.applySeen = i
 		wake(cm.applyWake)
 	}
 	if c.electionDeadline.Before(cm.timerArmed) {
 		wake(cm.timerWake)
 	}
+}
+
+// applicable returns the highest entry that may be applied.
+func (cm *ConsensusModule) applicable() Index {
+	if cm.onDisk {
+		return min(cm.core.commitIndex, cm.core.durableIndex)
+	}
+	return cm.core.commitIndex
 }
 
 // visibleState is what somebody may wait to see changed.

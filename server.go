@@ -125,12 +125,50 @@ func (s *Server) recover(ctx context.Context) (*core, error) {
 	c := newCore(self, s.conf.limits(), rec, conf, newDice(), time.Now())
 	c.name = s.conf.ID
 	if err == nil {
-		err = s.restore(ctx, &rec)
+		err = s.restoreState(ctx, c, &rec)
 	}
+	return c, err
+}
+
+// restoreState brings the state machine to where the log can go on. One that
+// keeps its state on disk is left alone if it is there already.
+func (s *Server) restoreState(ctx context.Context, c *core, rec *Recovered) error {
+	if d, ok := s.conf.StateMachine.(OnDisk); ok {
+		meta, err := readMeta(d)
+		if err != nil {
+			return err
+		}
+		if len(rec.Snapshots) > 0 {
+			c.restored(&rec.Snapshots[0])
+		}
+		if err := c.continues(meta); err != nil {
+			return err
+		}
+		if meta.Last.Index > 0 && meta.Last.Index >= c.log.start.Index {
+			s.restoredFrom = meta
+			return nil
+		}
+	}
+	err := s.restore(ctx, rec)
 	if s.restoredFrom != nil {
 		c.restored(s.restoredFrom)
 	}
-	return c, err
+	return err
+}
+
+func readMeta(d OnDisk) (*SnapshotMeta, error) {
+	b, err := d.Meta()
+	if err != nil {
+		return nil, fmt.Errorf("raft: the state machine's Meta failed: %w; open its database before Start", err)
+	}
+	if b == nil {
+		return &SnapshotMeta{}, nil
+	}
+	meta, err := decodeSnapshotMeta(b)
+	if err != nil {
+		return nil, fmt.Errorf("raft: the state machine's Meta returned %d bytes that are not what ApplyOnDisk or RestoreOnDisk was given (%w); return the stored bytes as they are", len(b), err)
+	}
+	return &meta, nil
 }
 
 // restore restores the state machine from the newest snapshot that is not
@@ -146,7 +184,7 @@ func (s *Server) restore(ctx context.Context, rec *Recovered) error {
 		_, r, err := s.storage.OpenSnapshot(meta.Last)
 		if err == nil {
 			touched = true
-			err = callRestore(ctx, s.conf.StateMachine, meta.Last.Index, r)
+			err = callRestore(ctx, s.conf.StateMachine, meta, r)
 			r.Close()
 		}
 		if err == nil {
@@ -174,6 +212,7 @@ func (s *Server) run(c *core) {
 	s.machine = newApplier(s.ctx, s.cm, &s.conf)
 	if s.restoredFrom != nil {
 		s.machine.restored(s.restoredFrom)
+		s.cm.pending.applied, s.cm.pending.term = s.restoredFrom.Last.Index, s.restoredFrom.Last.Term
 	}
 	s.cm.run(s, s.machine)
 	s.cm.mu.Lock()

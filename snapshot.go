@@ -162,6 +162,22 @@ func (c *core) installSnapshot(meta *SnapshotMeta) {
 	c.emit(Event{Kind: EventSnapshotInstalled, Index: meta.Last.Index})
 }
 
+// continues takes note of what a state machine on disk includes, which is
+// committed. The log must have it, or begin after it.
+func (c *core) continues(meta *SnapshotMeta) error {
+	if meta.Last.Index < c.log.start.Index {
+		return nil // a snapshot follows
+	}
+	if !c.log.matches(meta.Last) {
+		return &StateMachineError{State: meta.Last, Log: c.log.lastID()}
+	}
+	c.commitIndex = max(c.commitIndex, meta.Last.Index)
+	if meta.Time.After(c.lastTime) {
+		c.lastTime = meta.Time
+	}
+	return nil
+}
+
 // restored continues, after a restart, from a snapshot whose state the state
 // machine has. If this server stopped between storing it and replacing its
 // log, the log is replaced now.

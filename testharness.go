@@ -85,7 +85,7 @@ type callDrops struct {
 
 type harnessOptions struct {
 	configure func(node int, c *Config)
-	machine   func() StateMachine
+	machine   func(node int) StateMachine
 	tcp       bool
 	dir       string
 	seed      uint64
@@ -105,6 +105,12 @@ func WithConfig(f func(node int, c *Config)) HarnessOption {
 // WithStateMachine makes the state machine of each node, at each start. Without
 // it the machine returns each command as its result.
 func WithStateMachine(f func() StateMachine) HarnessOption {
+	return func(o *harnessOptions) { o.machine = func(int) StateMachine { return f() } }
+}
+
+// WithStateMachineOf is WithStateMachine for machines that keep something from
+// one start of a node to the next, as an OnDisk machine does its database.
+func WithStateMachineOf(f func(node int) StateMachine) HarnessOption {
 	return func(o *harnessOptions) { o.machine = f }
 }
 

@@ -518,7 +518,7 @@ func (echo) Restore(io.Reader) error { return nil }
 func (h *Harness) newMachine(i int) *harnessMachine {
 	var user StateMachine = echo{}
 	if h.options.machine != nil {
-		user = h.options.machine()
+		user = h.options.machine(i)
 	}
 	batch, _ := user.(BatchApplier)
 	return &harnessMachine{h: h, node: i, user: user, batch: batch, turn: make(chan struct{}, 1), at: map[string]Index{}}
@@ -526,6 +526,9 @@ func (h *Harness) newMachine(i int) *harnessMachine {
 
 // shape returns m with the methods that the user's machine has.
 func (m *harnessMachine) shape() StateMachine {
+	if d, ok := m.user.(OnDisk); ok {
+		return harnessDiskMachine{m, d}
+	}
 	if m.batch != nil {
 		return harnessBatchMachine{m}
 	}
@@ -538,6 +541,51 @@ func (m *harnessMachine) Apply(e Entry) []byte {
 	r := m.user.Apply(e)
 	m.record(e)
 	return r
+}
+
+// harnessDiskMachine is the shape of a machine that keeps its state on disk.
+type harnessDiskMachine struct {
+	*harnessMachine
+	disk OnDisk
+}
+
+func (m harnessDiskMachine) Meta() ([]byte, error) {
+	b, err := m.disk.Meta()
+	if meta, wrong := decodeSnapshotMeta(b); err == nil && wrong == nil {
+		m.includes(meta.Last.Index)
+	}
+	return b, err
+}
+
+func (m harnessDiskMachine) ApplyOnDisk(entries []Entry, results [][]byte, meta []byte) error {
+	m.turn <- struct{}{}
+	defer func() { <-m.turn }()
+	err := m.disk.ApplyOnDisk(entries, results, meta)
+	if err == nil {
+		for _, e := range entries {
+			m.record(e)
+		}
+	}
+	return err
+}
+
+func (m harnessDiskMachine) RestoreOnDisk(r io.Reader, meta []byte) error {
+	return m.restore(r, func(r io.Reader) error { return m.disk.RestoreOnDisk(r, meta) })
+}
+
+// includes notes that the machine has what was applied up to entry last,
+// wherever that was.
+func (m *harnessMachine) includes(last Index) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.last, m.at = last, map[string]Index{}
+	m.h.mu.Lock()
+	defer m.h.mu.Unlock()
+	for i, e := range m.h.applied {
+		if at, known := m.at[string(e.Data)]; i <= last && (!known || i < at) {
+			m.at[string(e.Data)] = i
+		}
+	}
 }
 
 // Snapshot captures the user's machine. What is written begins with the last
@@ -566,26 +614,19 @@ func (c *harnessCapture) WriteTo(ctx context.Context, w io.Writer) error {
 	return c.Capture.WriteTo(ctx, w)
 }
 
-func (m *harnessMachine) Restore(r io.Reader) error {
+func (m *harnessMachine) Restore(r io.Reader) error { return m.restore(r, m.user.Restore) }
+
+func (m *harnessMachine) restore(r io.Reader, call func(io.Reader) error) error {
 	var last [8]byte
 	if _, err := io.ReadFull(r, last[:]); err != nil {
 		return err
 	}
 	m.turn <- struct{}{}
 	defer func() { <-m.turn }()
-	if err := m.user.Restore(r); err != nil {
+	if err := call(r); err != nil {
 		return err
 	}
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	m.last, m.at = Index(binary.LittleEndian.Uint64(last[:])), map[string]Index{}
-	m.h.mu.Lock()
-	defer m.h.mu.Unlock()
-	for i, e := range m.h.applied {
-		if at, known := m.at[string(e.Data)]; i <= m.last && (!known || i < at) {
-			m.at[string(e.Data)] = i
-		}
-	}
+	m.includes(Index(binary.LittleEndian.Uint64(last[:])))
 	return nil
 }
 
