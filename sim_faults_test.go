@@ -78,8 +78,18 @@ type simStrike struct {
 	what string
 }
 
-func (d simStrike) String() string {
-	return fmt.Sprintf("%12v %-20v %s", d.at, d.simFault, d.what)
+// describe says when a fault struck, its name, and what it was, where there are
+// so many nodes.
+func (d simStrike) describe(nodes int) string {
+	what := d.what
+	switch d.kind {
+	case faultNemesis, faultCrash:
+	case faultDrop, faultBreak, faultDuplicate, faultDelay, faultOldReply:
+		what = fmt.Sprintf("a message from %d to %d", int(d.who)/nodes, int(d.who)%nodes)
+	default:
+		what = fmt.Sprintf("on node %d", d.who)
+	}
+	return fmt.Sprintf("%12v %-20v %s", d.at, d.simFault, what)
 }
 
 // count returns how often a decision was made before, and counts this one.
@@ -118,9 +128,6 @@ func (s *sim) strikes(k simDecision, who int, p float64) bool {
 	}
 	if s.plan.only != nil && !s.plan.only[f] {
 		return false
-	}
-	if n := len(s.struck); n > 0 && s.struck[n-1].what == "" {
-		s.struck[n-1].what = "-" // it has no note
 	}
 	s.struck = append(s.struck, simStrike{simFault: f, at: s.now})
 	return true
@@ -229,7 +236,7 @@ func (h *shrinker) try(faults []simStrike) bool {
 	h.runs++
 	plan := h.plan
 	plan.only = faultSet(faults)
-	plan.until = h.best.simulated + 20*h.best.timeout
+	plan.until = h.best.simulated + 2*h.best.timeout // what has not failed by then is not likely to
 	res := runSim(h.seed, plan)
 	if res.err == nil || res.class != h.class {
 		return false
@@ -283,7 +290,7 @@ func describeFailure(seed uint64, plan simPlan, res simResult) string {
 	fmt.Fprintf(&b, "seed %d: %v\n", seed, res.err)
 	fmt.Fprintf(&b, "%d of its %d faults are enough (found in %d runs): %v\n", len(h.best.struck), len(res.struck), h.runs, h.best.err)
 	for _, f := range h.best.struck {
-		fmt.Fprintln(&b, f)
+		fmt.Fprintln(&b, f.describe(res.nodes))
 	}
 	fmt.Fprintf(&b, "the last events with these:\n%s", h.best.tail)
 	fmt.Fprintf(&b, "replay with these faults only: %s\n", replayCommand(seed, plan, formatFaults(h.best.struck)))
@@ -325,7 +332,7 @@ func TestSimShrinks(t *testing.T) {
 			fewer.only = faultSet(h.best.struck)
 			delete(fewer.only, h.best.struck[i].simFault)
 			if r := runSim(seed, fewer); r.err != nil {
-				t.Errorf("seed %d: %s is not needed", seed, h.best.struck[i])
+				t.Errorf("seed %d: %v is not needed", seed, h.best.struck[i].simFault)
 			}
 		}
 		replay := plan

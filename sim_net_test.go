@@ -196,6 +196,7 @@ func (s *sim) nemesis() {
 	if !s.strikes(faultNemesis, 0, 1) {
 		return
 	}
+	s.unnamed = len(s.struck)
 	f := w.nemeses[s.rng.IntN(len(w.nemeses))]
 	if s.chance(0.2) {
 		f = nemHealNet

@@ -408,6 +408,7 @@ func (s *sim) boundary(n *simNode) bool {
 
 func (s *sim) armCrash(n *simNode) {
 	if n.crashIn == 0 && s.strikes(faultCrash, n.i, s.swarm.boundaryP*0.004) {
+		s.unnamed = len(s.struck)
 		n.crashIn = s.between(1, 12)
 		s.note(n.i, "a crash is armed, %d boundaries from here", n.crashIn)
 	}

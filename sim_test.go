@@ -111,6 +111,7 @@ type sim struct {
 	rng      *rand.Rand // rolls dice
 	counts   [simDecisions][]uint32
 	struck   []simStrike
+	unnamed  int // number of strikes up to the one that the next note describes, or 0
 	swarm    simSwarm
 	now      time.Duration
 	seq      uint64
@@ -163,6 +164,7 @@ type simResult struct {
 	struck    []simStrike // the faults, in order
 	losses    simLosses
 	timeout   time.Duration
+	nodes     int
 	tail      string
 }
 
@@ -181,6 +183,7 @@ func runSim(seed uint64, plan simPlan) (res simResult) {
 	s := newSim(seed, plan)
 	defer func() {
 		res.struck, res.timeout, res.losses = s.struck, s.swarm.timeout, s.losses
+		res.nodes = len(s.nodes)
 		res.hash, res.steps, res.simulated, res.healTimes = s.hash, s.steps, s.now, s.healTimes
 		res.committed, res.elections = Index(len(s.book.committed)), s.book.elections
 		res.judged = s.judged
@@ -434,8 +437,9 @@ func (s *sim) mix(v uint64) {
 func (s *sim) note(node int, format string, args ...any) {
 	what := fmt.Sprintf(format, args...)
 	s.record(simRecord{at: s.now, node: node, note: what})
-	if k := len(s.struck); k > 0 && s.struck[k-1].what == "" {
-		s.struck[k-1].what = what
+	if s.unnamed > 0 {
+		s.struck[s.unnamed-1].what = what
+		s.unnamed = 0
 	}
 }
 
@@ -511,6 +515,7 @@ func (s *sim) handle(e simEvent) {
 	case evNemesis:
 		if s.faulty && e.epoch == uint32(s.round) {
 			s.nemesis()
+			s.unnamed = 0
 		}
 		return
 	case evPhase:
@@ -654,7 +659,7 @@ func TestSimHashes(t *testing.T) {
 		steps += res.steps
 		fmt.Fprintf(digest, "%d %016x %d %d %d\n", seed, res.hash, res.steps, len(res.struck), res.committed)
 	}
-	fmt.Printf("seeds %d to %d, %d steps in %v, GOMAXPROCS %d, race %v: digest %x\n",
+	t.Logf("seeds %d to %d, %d steps in %v, GOMAXPROCS %d, race %v: digest %x",
 		base, base+uint64(*simHashes)-1, steps, time.Since(started).Round(time.Second), runtime.GOMAXPROCS(0), raceEnabled, digest.Sum(nil)[:16])
 }
 
