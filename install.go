@@ -25,14 +25,11 @@ func (s *Server) snapshot(q snapshotRequest) {
 	}
 }
 
-// runSnapshot sends a follower the newest snapshot. Where the connection
-// breaks, the core asks again, and the follower keeps what it has.
+// runSnapshot sends a follower the newest snapshot. When it can't, the core asks
+// again later, for what is the newest then.
 func (s *Server) runSnapshot(q snapshotRequest) {
 	defer s.cm.leaveDisk()
 	last, err := s.sendSnapshot(q)
-	if err != nil {
-		s.report(s.label(q.to), "sending a snapshot", err)
-	}
 	s.cm.step(func(c *core) { c.snapshotSent(q, last, err) })
 }
 
@@ -53,13 +50,8 @@ func (s *Server) sendSnapshot(q snapshotRequest) (last EntryID, err error) {
 		return last, s.unreadable(newest, err)
 	}
 	defer r.Close()
-	conn, client, _, err := s.dial(q.to, channelSnapshot)
-	if err != nil {
-		return last, err
-	}
-	defer s.forget(conn)
-	defer client.Close()
-	out := snapshotSender{server: s, request: q, reader: r, client: client, began: time.Now(), reported: time.Now()}
+	now := time.Now()
+	out := snapshotSender{server: s, request: q, reader: r, progress: now, reported: now}
 	out.args = snapshotArgs{Term: q.term, Leader: self, Meta: meta, Size: uint64(r.Size())}
 	return meta.Last, out.run()
 }
@@ -78,58 +70,108 @@ func (s *Server) unreadable(last EntryID, err error) error {
 }
 
 // snapshotSender is one transfer: one block after the other, each answered by
-// how much the follower has.
+// how much the follower has. It outlives connections: the follower keeps what
+// it has, and only this snapshot continues it.
 type snapshotSender struct {
 	server   *Server
 	request  snapshotRequest
 	reader   SnapshotReader
-	client   *rpcClient
+	client   *rpcClient // of the connection now
 	args     snapshotArgs
 	buf      []byte
-	began    time.Time
-	sent     int64 // bytes since then
+	offset   uint64    // the follower has this much
+	progress time.Time // when that last grew
+	began    time.Time // this connection's first block
+	sent     int64     // bytes since then
 	reported time.Time
 }
 
+// snapshotPatience is how long a follower may make no progress, in election
+// timeouts. The log behind the snapshot is kept for so long.
+const snapshotPatience = 10
+
+// run sends until the follower has everything, or nothing more can come of it.
 func (o *snapshotSender) run() error {
 	s := o.server
-	for { // the first call carries nothing: it asks where to begin
+	for {
+		done, err := o.connection()
+		switch {
+		case done || o.pointless(err):
+			return err
+		case time.Since(o.progress) > snapshotPatience*s.conf.ElectionTimeout:
+			return err
+		}
+		s.report(s.label(o.request.to), "sending a snapshot", err)
+		s.pause(s.conf.HeartbeatInterval)
+	}
+}
+
+// pointless tells whether another connection would change nothing.
+func (o *snapshotSender) pointless(err error) bool {
+	var corrupt *CorruptError
+	return errors.Is(err, errSnapshotPointless) || errors.As(err, &corrupt) || o.server.stopping() || !o.goesOn(0)
+}
+
+// goesOn tells the core how much the follower has, and asks whether the
+// transfer is still wanted.
+func (o *snapshotSender) goesOn(term Term) (on bool) {
+	o.server.cm.step(func(c *core) {
+		if !c.stepDownFor(o.request.to, term) {
+			on = c.snapshotProgress(o.request, o.offset, o.args.Size)
+		}
+	})
+	return on
+}
+
+// connection sends on one connection. The first call carries nothing: it asks
+// where to begin.
+func (o *snapshotSender) connection() (done bool, err error) {
+	s := o.server
+	conn, client, _, err := s.dial(o.request.to, channelSnapshot)
+	if err != nil {
+		return false, err
+	}
+	defer s.forget(conn)
+	defer client.Close()
+	o.client, o.began, o.sent = client, time.Now(), 0
+	o.args.Offset, o.args.Data = 0, nil
+	for {
 		r, err := o.call()
 		if err != nil {
-			return err
+			return false, err
 		}
-		on := false
-		s.cm.step(func(c *core) {
-			if !c.stepDownFor(o.request.to, r.Term) {
-				on = c.snapshotProgress(o.request, r.Offset, o.args.Size)
-			}
-		})
+		if r.Offset > o.args.Size {
+			return false, fmt.Errorf("raft: the follower says it has %d bytes of a snapshot of %d", r.Offset, o.args.Size)
+		}
+		if r.Offset > o.offset {
+			o.progress = time.Now()
+		}
+		o.offset = r.Offset
+		on := o.goesOn(r.Term)
 		switch {
 		case r.Done:
-			return nil
+			return true, nil
 		case !on:
-			return errSnapshotPointless
-		case r.Offset > o.args.Size:
-			return fmt.Errorf("raft: the follower says it has %d bytes of a snapshot of %d", r.Offset, o.args.Size)
+			return false, errSnapshotPointless
 		}
-		o.report(r.Offset)
-		if err := o.next(r.Offset); err != nil {
-			return err
+		o.report()
+		if err := o.next(); err != nil {
+			return false, err
 		}
 		if err := o.pace(); err != nil {
-			return err
+			return false, err
 		}
 	}
 }
 
-// next reads the block at offset.
-func (o *snapshotSender) next(offset uint64) error {
-	n := min(snapshotBlockBytes, o.args.Size-offset)
+// next reads the block that the follower lacks.
+func (o *snapshotSender) next() error {
+	n := min(snapshotBlockBytes, o.args.Size-o.offset)
 	if uint64(cap(o.buf)) < n {
 		o.buf = make([]byte, n)
 	}
-	o.args.Offset, o.args.Data = offset, o.buf[:n]
-	if _, err := o.reader.ReadAt(o.args.Data, int64(offset)); err != nil {
+	o.args.Offset, o.args.Data = o.offset, o.buf[:n]
+	if _, err := o.reader.ReadAt(o.args.Data, int64(o.offset)); err != nil {
 		return o.server.unreadable(o.args.Meta.Last, err)
 	}
 	o.sent += int64(n)
@@ -167,16 +209,15 @@ func (o *snapshotSender) pace() error {
 	return nil
 }
 
-// report makes an event of the progress, once a second.
-func (o *snapshotSender) report(offset uint64) {
-	now := time.Now()
-	if offset == 0 || now.Sub(o.reported) < snapshotReportEvery && o.sent > 0 {
+// report makes an event of the progress: where it begins again, and once a second.
+func (o *snapshotSender) report() {
+	if o.offset == 0 || o.sent > 0 && time.Since(o.reported) < snapshotReportEvery {
 		return
 	}
-	o.reported = now
-	peer := o.server.label(o.request.to)
-	o.server.emit(Event{Kind: EventSnapshotProgress, Peer: peer, Index: o.args.Meta.Last.Index, Detail: fmt.Sprintf("%d of %d bytes", offset, o.args.Size)})
-	o.server.events.log()
+	o.reported = time.Now()
+	s := o.server
+	s.emit(Event{Kind: EventSnapshotProgress, Peer: s.label(o.request.to), Index: o.args.Meta.Last.Index, Detail: fmt.Sprintf("%d of %d bytes", o.offset, o.args.Size)})
+	s.events.log()
 }
 
 // incomingSnapshot is what this node has received of a leader's snapshot. It

@@ -1,6 +1,7 @@
 package raft
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -283,6 +284,44 @@ func TestSnapshotKeepsLog(t *testing.T) {
 		}
 	}, WithConfig(func(_ int, c *Config) { c.KeepLogBytes = 1 << 20 }))
 }
+
+// However much is written, what a node has on disk stays bounded: segments,
+// snapshots, and what is kept behind them.
+func TestSnapshotsBoundDisk(t *testing.T) {
+	snapshots(t, 1, func(t *testing.T, h *Harness) {
+		h.CheckSingleLeader()
+		s, disk := h.Server(0), h.node(0).disk.mem
+		most := int64(0)
+		payload := bytes.Repeat([]byte("x"), 1000)
+		for range 100 {
+			var ps []*Proposal
+			for range 200 {
+				ps = append(ps, s.Submit(payload))
+			}
+			for _, p := range ps {
+				if _, err := p.Wait(t.Context()); err != nil {
+					t.Fatal(err)
+				}
+			}
+			most = max(most, disk.Used())
+		}
+		// 20 MB were written. There are two segments of 1 MiB in use and one made
+		// ready, one being dropped, and small snapshots.
+		if limit := int64(6 << 20); most > limit {
+			t.Errorf("the disk held up to %d bytes, want at most %d", most, limit)
+		}
+	}, WithStateMachine(func() StateMachine { return &tally{} }),
+		WithConfig(func(_ int, c *Config) {
+			c.KeepLogBytes, c.SnapshotEveryBytes, c.MaxSegmentBytes = 100<<10, 500<<10, 1<<20
+		}))
+}
+
+// tally is a state machine with a small state.
+type tally struct{ n int }
+
+func (c *tally) Apply(Entry) []byte         { c.n++; return nil }
+func (c *tally) Snapshot() (Capture, error) { return CaptureBytes(fmt.Append(nil, c.n)), nil }
+func (c *tally) Restore(r io.Reader) error  { _, err := fmt.Fscan(r, &c.n); return err }
 
 // While a captured state is written, entries are applied and heartbeats flow.
 // One asked for meanwhile is taken afterwards: it is not lost.
