@@ -110,8 +110,8 @@ func (a *applier) capture() {
 	waiting := cm.captures.waiting
 	cm.captures.waiting = nil
 	meta := SnapshotMeta{Last: EntryID{cm.pending.applied, cm.pending.term}, Time: a.lastTime, ConfigIndex: a.config.index, Config: a.config.data}
+	news := meta.Last.Index > cm.core.newestSnapshot.Index || cm.captures.again
 	cm.captures.again = false
-	news := meta.Last.Index > cm.core.newestSnapshot.Index
 	cm.captures.running = news
 	cm.unlock()
 	if !news {

@@ -119,6 +119,8 @@ func (w *snapshotFileWriter) Commit() error {
 	if err := w.Writer.Commit(); err != nil {
 		return fmt.Errorf("raft: store a snapshot in %s: %w", t.dir, err)
 	}
+	// One that ends at the same entry may be damaged: that is why this was taken.
+	t.metas = slices.DeleteFunc(t.metas, func(m SnapshotMeta) bool { return m.Last == w.meta.Last })
 	t.metas = append(t.metas, w.meta)
 	t.sort()
 	keep := map[string]bool{}

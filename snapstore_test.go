@@ -236,14 +236,19 @@ func TestDamagedSnapshot(t *testing.T) {
 // A leader whose newest snapshot is damaged finds out when it sends it, takes
 // another one, and sends that.
 func TestDamagedSnapshotIsNotSent(t *testing.T) {
-	snapshots(t, 3, func(t *testing.T, h *Harness) {
-		leader, behind := leaveBehind(t, h, 10)
-		damageSnapshot(t, h, leader, 0, 40)
-		proposeN(t, h, "b", 3)
-		h.ReconnectPeer(behind)
-		caughtUp(t, h, behind)
-		if n := journalOf(h, leader).snapshots.Load(); n != 2 {
-			t.Fatalf("the leader took %d snapshots", n)
-		}
-	})
+	for _, news := range []int{3, 0} { // commands since the damaged one
+		snapshots(t, 3, func(t *testing.T, h *Harness) {
+			leader, behind := leaveBehind(t, h, 10)
+			damageSnapshot(t, h, leader, 0, 40)
+			proposeN(t, h, "b", news)
+			h.ReconnectPeer(behind)
+			caughtUp(t, h, behind)
+			if n := journalOf(h, leader).snapshots.Load(); n != 2 {
+				t.Fatalf("the leader took %d snapshots", n)
+			}
+			h.CrashPeer(leader)
+			h.RestartPeer(leader)
+			caughtUp(t, h, leader)
+		})
+	}
 }

@@ -262,6 +262,7 @@ func (s *memorySnapshot) Commit() error {
 	m := s.storage
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	m.snapshots = slices.DeleteFunc(m.snapshots, func(o *memorySnapshot) bool { return o.meta.Last == s.meta.Last })
 	m.snapshots = append(m.snapshots, s)
 	slices.SortStableFunc(m.snapshots, func(a, b *memorySnapshot) int { return cmp.Compare(b.meta.Last.Index, a.meta.Last.Index) })
 	m.snapshots = m.snapshots[:min(len(m.snapshots), keptSnapshots)]
