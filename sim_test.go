@@ -622,6 +622,7 @@ func TestSim(t *testing.T) {
 
 // runSeeds runs n seeds, or for d if that is positive, and reports the failures.
 func runSeeds(t *testing.T, base uint64, n int, d time.Duration) *simSummary {
+	defer debug.SetGCPercent(debug.SetGCPercent(400)) // a run is short and small
 	sum := &simSummary{}
 	started := time.Now()
 	for i := 0; (d > 0 && time.Since(started) < d) || (d <= 0 && i < n); i++ {
