@@ -61,10 +61,31 @@ func (c *core) pruneConfigurations() {
 	}
 }
 
+// ownNumber returns which member a node of this name and directory is, by the
+// newest configuration of its log that names it. The newest of all may be one
+// without it that is not committed: until then it goes on as what it was.
+func (rec *Recovered) ownNumber(name NodeID, directory [16]byte) memberID {
+	data := rec.Config
+	for i := len(rec.older) - 1; data != nil; i-- {
+		conf, err := decodeConfiguration(data)
+		switch {
+		case err != nil:
+			return 0 // newCore says so
+		case conf.byName(name) != nil || i < 0:
+			return conf.numberOf(name, directory)
+		}
+		data = rec.older[i].data
+	}
+	return 0
+}
+
 func (c *core) useNewest() {
 	c.configuration = c.configs[len(c.configs)-1].conf
-	if m := c.configuration.byName(c.name); m != nil && m.id != c.self {
-		c.self, c.removed = m.id, false
+	// A configuration that does not name this server leaves it what it was: that
+	// may still be needed. One that names a former one under its name does not.
+	if m := c.configuration.byName(c.name); m != nil {
+		self := c.configuration.numberOf(c.name, c.directory)
+		c.self, c.removed = self, c.removed && self == c.self
 	}
 	if c.role == Leader {
 		c.trackMembers(c.log.last)
@@ -191,6 +212,15 @@ func (c *core) reachable(next *configuration) (n int) {
 		}
 	}
 	return n
+}
+
+// mayStand tells whether this server may stand for election. One that is no
+// voter any more by a configuration not known to be committed still may: it can
+// be the only one that has that entry, and no other would get its vote. Its own
+// vote does not count then (thesis 4.2.2).
+func (c *core) mayStand() bool {
+	n := len(c.configs)
+	return c.configuration.voter(c.self) || n > 1 && c.configs[n-1].index > c.commitIndex && c.configs[n-2].conf.voter(c.self)
 }
 
 // wasRemoved tells whether id was a member and is none any more, for certain:

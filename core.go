@@ -27,6 +27,7 @@ type core struct {
 	commitIndex      Index
 	lastTime         time.Time     // of the newest entry ever in the log: stamps never decrease along it
 	name             NodeID        // of this server; its number is found by it
+	directory        [16]byte      // ID of its data directory
 	configuration    configuration // the newest in the log, which is also the last of configs
 	configs          []configEntry // the newest committed one and those after it
 	newestSnapshot   EntryID       // the last entry of the newest durable snapshot of this server

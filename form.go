@@ -121,8 +121,10 @@ func (s *Server) accept(conn net.Conn) (hello, welcome, error) {
 		c, me := s.cm.core, s.me()
 		var known [16]byte
 		// A founder that comes back with another directory learns from entry 1
-		// that it is one, which ends it; a refusal here would keep it asking.
-		if m := c.configuration.byName(h.From); m != nil && h.Channel != channelFormation {
+		// that it is one, which ends it; a refusal here would keep it asking. A
+		// member that has the cluster's log and another directory than this node
+		// knows was added again, and may lead by now: this node lags.
+		if m := c.configuration.byName(h.From); m != nil && h.Channel != channelFormation && h.ClusterUUID == ([16]byte{}) {
 			known = c.directoryOf(m.id)
 		}
 		if no := me.check(h, known); no != nil {

@@ -772,3 +772,34 @@ func TestAcknowledgementOfAnotherDirectory(t *testing.T) {
 		t.Errorf("match is %d after the acknowledgement of the directory that answered first, want %d", p.match, c.log.last)
 	}
 }
+
+// A node that was cut off knows a wiped member by its former directory. When
+// that was added again and leads, the node must still listen to it, or it would
+// never learn of the change. (Simulator, seed 10.)
+func TestLaggingNodeHearsLeaderAddedAgain(t *testing.T) {
+	empty := false
+	virtual(t, 5, func(t *testing.T, h *Harness) {
+		h.settled(t, "before")
+		h.DisconnectPeer(4)
+		h.CrashPeer(0)
+		h.wipe(0)
+		empty = true
+		h.RestartPeer(0)
+		h.Remove(0)
+		h.lead("Add", func(ctx context.Context, s *Server) error {
+			return s.AddVoter(ctx, Member{ID: "0", Addr: harnessAddr(0)})
+		})
+		if leader, _ := h.CheckSingleLeader(); leader != 0 {
+			h.Transfer(0)
+		}
+		h.ReconnectPeer(4)
+		h.settled(t, "after")
+		if leader, _ := h.CheckSingleLeader(); leader != 0 {
+			t.Errorf("node %d leads, want 0", leader)
+		}
+	}, WithConfig(func(i int, c *Config) {
+		if i == 0 && empty {
+			c.Bootstrap = nil
+		}
+	}))
+}

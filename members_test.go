@@ -257,3 +257,138 @@ func TestJoiningNodeTicksAtItsDeadline(t *testing.T) {
 		t.Errorf("after its deadline the node is a %v whose deadline has not moved", c.role)
 	}
 }
+
+// confOf makes a configuration of members a, b, c, ... with numbers 1, 2, 3, ...:
+// v voter, l learner, p learner to be promoted, d voter to be demoted, x voter
+// that leaves, - nobody.
+func confOf(joint bool, members string) configuration {
+	conf := configuration{joint: joint}
+	for i, k := range members {
+		m := member{id: memberID(i + 1), name: NodeID(string(rune('a' + i))), learner: k == 'l' || k == 'p'}
+		m.next = map[rune]nextState{'p': becomesVoter, 'd': becomesLearner, 'x': leaves}[k]
+		if k != '-' {
+			conf.members = append(conf.members, m)
+		}
+	}
+	return conf
+}
+
+func confEntry(at EntryID, conf configuration) Entries {
+	return makeEntry(entryConfiguration, at, time.Time{}, conf.encode())
+}
+
+// A learner that is to become a voter does not stand for election before the
+// joint configuration says so: as a leader it would wait for itself to catch
+// up. (Simulator, seed 12.)
+func TestLearnerDoesNotStandBeforeJoint(t *testing.T) {
+	for joint, want := range map[bool]Role{false: Follower, true: Candidate} {
+		c := testCore(t, 3, 3)
+		c.limits.preVote = false
+		c.name = "c"
+		c.configuration = confOf(false, "vvl")
+		c.configs = []configEntry{{1, c.configuration}}
+		c.onAppendRequest(&appendArgs{Term: 1, Leader: 1, Seq: 1, Prev: EntryID{1, 0}, Entries: []Entries{confEntry(EntryID{2, 1}, confOf(joint, "vvp"))}}, nil)
+		persist(t, c)
+		c.now = c.electionDeadline
+		c.tick()
+		if persist(t, c); c.role != want {
+			t.Errorf("joint %v: the learner is a %v, want %v", joint, c.role, want)
+		}
+	}
+}
+
+// A voter that is to leave may be the only one that has the configuration
+// without it. It must stand for election, because it votes for no shorter log,
+// but its own vote counts nothing; once the entry is committed it stands no more
+// (thesis 4.2.2). (Simulator, seed 8.)
+func TestLeavingVoterStands(t *testing.T) {
+	for _, after := range []string{"v-", "vl"} {
+		c := testCore(t, 2, 2)
+		c.name = "b"
+		c.limits.preVote = false
+		c.onAppendRequest(&appendArgs{Term: 1, Leader: 1, Seq: 1, Prev: EntryID{1, 0}, Commit: 2, Entries: []Entries{
+			confEntry(EntryID{2, 1}, confOf(true, map[string]string{"v-": "vx", "vl": "vd"}[after])),
+			confEntry(EntryID{3, 1}, confOf(false, after)),
+		}}, nil)
+		persist(t, c)
+		elect := func() {
+			c.now = c.electionDeadline
+			c.tick()
+		}
+		elect()
+		sent := persist(t, c)
+		if c.role != Candidate || len(sent) != 1 || sent[0].to != 1 {
+			t.Fatalf("members %s: it is a %v and asks %v; want a candidate that needs member 1", after, c.role, sent)
+		}
+		c.onVoteReply(1, sent[0].vote, &voteReply{Term: c.currentTerm, Granted: true})
+		if persist(t, c); c.role != Leader {
+			t.Fatalf("members %s: it is a %v with the vote of the only voter", after, c.role)
+		}
+		a := &appendArgs{Term: c.currentTerm, Seq: c.appendSeq, Prev: c.log.lastID()}
+		ack(c, 1, a)
+		if persist(t, c); c.role != Follower || c.commitIndex != 4 {
+			t.Fatalf("members %s: it is a %v with commit %d after its entry was committed", after, c.role, c.commitIndex)
+		}
+		elect()
+		if persist(t, c); c.role != Follower || c.campaign != nil {
+			t.Errorf("members %s: it stands again when the configuration without it is committed", after)
+		}
+	}
+}
+
+// A node that was wiped and added again receives the configurations in which it
+// voted with its former directory. That was another member. It does not vote
+// for itself in its place, also not after a restart. (Simulator, seeds 10 and 99.)
+func TestWipedNodeIsNotItsFormerSelf(t *testing.T) {
+	old, own := [16]byte{1}, [16]byte{2}
+	named := func(dir [16]byte, members string) configuration {
+		conf := confOf(false, members)
+		conf.members[0].dirID = dir
+		return conf
+	}
+	first := confEntry(EntryID{1, 0}, named([16]byte{}, "l")) // it was added, its directory not known yet
+	later := confEntry(EntryID{2, 1}, named(old, "v"))
+	c := testCore(t, 0, 0)
+	c.name, c.directory = "a", own
+	c.limits.preVote = false
+	stands := func() bool {
+		c.now = c.now.Add(time.Minute)
+		c.electionDeadline = c.now
+		c.tick()
+		persist(t, c)
+		return c.role != Follower
+	}
+	hear := func(e Entries, prev EntryID) {
+		c.onAppendRequest(&appendArgs{Term: 1, Leader: 9, Prev: prev, Entries: []Entries{e}}, nil)
+		persist(t, c)
+	}
+	c.log = newRaftLog(EntryID{}, 0, nil, nil)
+	c.durableIndex, c.commitIndex = 0, 0
+	hear(first, EntryID{})
+	hear(later, EntryID{1, 0})
+	if stands() {
+		t.Error("the wiped node takes the place of its former self")
+	}
+	rec := Recovered{Config: later.data(0), ConfigIndex: 2, older: []configAt{{1, first.data(0)}}}
+	if id := rec.ownNumber("a", own); id != 0 {
+		t.Errorf("after a restart the wiped node takes itself for member %d", id)
+	}
+	hear(confEntry(EntryID{3, 1}, named(own, "v")), EntryID{2, 1})
+	if !stands() {
+		t.Error("added again, the node does not stand for election")
+	}
+}
+
+// A leader that is to leave and has the configuration without it, restarted, is
+// still who it was. (Simulator, seed 10.)
+func TestOwnNumberAfterRestart(t *testing.T) {
+	data := func(conf configuration) []byte { return conf.encode() }
+	joint := configAt{2, data(confOf(true, "xv"))}
+	rec := Recovered{Config: data(confOf(false, "-v")), ConfigIndex: 3, older: []configAt{{1, data(confOf(false, "vv"))}, joint}}
+	if id := rec.ownNumber("a", [16]byte{5}); id != 1 {
+		t.Errorf("the leaving node restarts as member %d, want 1", id)
+	}
+	if id := (&Recovered{}).ownNumber("a", [16]byte{5}); id != 0 {
+		t.Errorf("a node without a log is member %d", id)
+	}
+}

@@ -71,11 +71,25 @@ func (conf *configuration) byName(name NodeID) *member {
 	return nil
 }
 
+// numberOf returns which member a node of this name and directory is, 0 if none.
+// A member of its name with another directory is a former one: a node that was
+// wiped and added again finds it in the old configurations that it receives,
+// where it voted.
+func (conf *configuration) numberOf(name NodeID, directory [16]byte) memberID {
+	m := conf.byName(name)
+	if m == nil || m.dirID != ([16]byte{}) && m.dirID != directory {
+		return 0
+	}
+	return m.id
+}
+
 func (conf *configuration) has(id memberID) bool { return conf.find(id) != nil }
 
+// voter tells whether a member's vote counts in some majority. One that is to
+// become a voter is none before the configuration is joint.
 func (conf *configuration) voter(id memberID) bool {
 	m := conf.find(id)
-	return m != nil && (m.votes(false) || m.votes(true))
+	return m != nil && (m.votes(false) || conf.joint && m.votes(true))
 }
 
 func (id memberID) label(c *core) NodeID {

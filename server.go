@@ -114,16 +114,11 @@ func (s *Server) recover(ctx context.Context) (*core, error) {
 	rand.Read(nonce[:])
 	s.nonce = binary.LittleEndian.Uint64(nonce[:])
 	var conf configuration
-	var self memberID
 	if rec.Config != nil {
-		if conf, err = decodeConfiguration(rec.Config); err == nil {
-			if m := conf.byName(s.conf.ID); m != nil {
-				self = m.id
-			}
-		}
+		conf, err = decodeConfiguration(rec.Config)
 	}
-	c := newCore(self, s.conf.limits(), rec, conf, newDice(), time.Now())
-	c.name = s.conf.ID
+	c := newCore(rec.ownNumber(s.conf.ID, s.dirID), s.conf.limits(), rec, conf, newDice(), time.Now())
+	c.name, c.directory = s.conf.ID, s.dirID
 	if err == nil {
 		err = s.restoreState(ctx, c, &rec)
 	}

@@ -14,11 +14,14 @@ type ledger struct {
 	entries   [][]ledgerEntry // by index: every entry that was ever appended anywhere
 	committed []ledgerCommit  // committed[i-1] is entry i
 	elections int
+
+	conf    configEntry    // the newest committed configuration
+	inForce *configuration // by which the newest committed entry was committed
 }
 
 type voteKey struct {
-	node int
-	term Term
+	node, disk int // a node with an empty disk is another voter
+	term       Term
 }
 
 type ledgerEntry struct {
@@ -34,7 +37,8 @@ type ledgerCommit struct {
 	machine simMachine // after it
 }
 
-func (b *ledger) init(*sim) {
+func (b *ledger) init(s *sim) {
+	b.conf, b.inForce = configEntry{1, s.conf}, &s.conf
 	b.leaders, b.votes = map[Term]int{}, map[voteKey]memberID{}
 	b.entries = make([][]ledgerEntry, 1, 1024)
 }
@@ -119,6 +123,9 @@ func (b *ledger) transition(s *sim, n *simNode, out *effects) {
 	if c.commitIndex > n.before.commit {
 		b.commit(s, n, n.before.commit)
 	}
+	if c.role == Leader {
+		b.changes(s, n)
+	}
 	if c.log.start.Index > n.applied || n.applied > c.commitIndex {
 		s.fail("14 node %d: want start %d <= applied %d <= commit %d", n.i, c.log.start.Index, n.applied, c.commitIndex)
 	}
@@ -152,14 +159,8 @@ func (b *ledger) elected(s *sim, n *simNode) {
 		s.fail("1 nodes %d and %d both lead term %d", other, n.i, c.currentTerm)
 	}
 	b.leaders[c.currentTerm] = n.i
-	votes := 1
-	for i := range s.swarm.voters {
-		if i != n.i && b.votes[voteKey{i, c.currentTerm}] == n.id {
-			votes++
-		}
-	}
-	if n.i >= s.swarm.voters || votes <= s.swarm.voters/2 {
-		s.fail("17 node %d leads term %d with %d votes of %d", n.i, c.currentTerm, votes, s.swarm.voters)
+	if !simQuorum(&c.configuration, func(m *member) bool { return m.id == c.self || b.votedFor(s, m, c.self, c.currentTerm) }) || !simMayStand(c.configs, c.self) {
+		s.fail("17 node %d leads term %d without the votes of a quorum of %s", n.i, c.currentTerm, simMemberList(&c.configuration))
 	}
 	for i := c.log.start.Index + 1; i <= Index(len(b.committed)); i++ {
 		if e := b.committed[i-1]; e.by < c.currentTerm && !c.log.matches(EntryID{i, e.term}) {
@@ -171,14 +172,16 @@ func (b *ledger) elected(s *sim, n *simNode) {
 // checkMatches: what a leader takes for durable elsewhere is (8).
 func (b *ledger) checkMatches(s *sim, n *simNode) {
 	for _, p := range n.core.progress {
-		peer := int(p.id) - 1
-		if p.match == n.seenMatch[peer] {
+		if p.match == n.seenMatch[p.id] {
 			continue
 		}
-		n.seenMatch[peer] = p.match
-		o := s.nodes[peer]
+		n.seenMatch[p.id] = p.match
+		o := s.peer(n.core, p.id)
+		if o.left > n.core.currentTerm {
+			continue // an old leader has not heard that it left, and its disk may be another one
+		}
 		if o.term() <= n.core.currentTerm && p.match > n.core.log.start.Index && !b.has(o, p.match, termOf(n.core, p.match)) {
-			s.fail("8 leader %d of term %d believes entry %d durable on node %d, whose disk ends at %d", n.i, n.core.currentTerm, p.match, peer, o.disk.last())
+			s.fail("8 leader %d of term %d believes entry %d durable on node %d, whose disk ends at %d", n.i, n.core.currentTerm, p.match, o.i, o.disk.last())
 		}
 	}
 }
@@ -201,13 +204,12 @@ func (b *ledger) has(n *simNode, i Index, term Term) bool {
 	return ok && t == term
 }
 
-func (b *ledger) durableOn(s *sim, i Index, term Term) (voters int) {
-	for _, o := range s.nodes[:s.swarm.voters] {
-		if b.has(o, i, term) {
-			voters++
-		}
-	}
-	return voters
+// durable tells whether a quorum of conf has the entry on its disks.
+func (b *ledger) durable(s *sim, conf *configuration, i Index, term Term) bool {
+	return simQuorum(conf, func(m *member) bool {
+		o := s.owner(m)
+		return o != nil && b.has(o, i, term)
+	})
 }
 
 // commit checks that a node's commit index advances over entries that are
@@ -215,6 +217,7 @@ func (b *ledger) durableOn(s *sim, i Index, term Term) (voters int) {
 func (b *ledger) commit(s *sim, n *simNode, from Index) {
 	c := n.core
 	known := Index(len(b.committed))
+	conf := b.commitsBy(n)
 	for i := from + 1; i <= c.commitIndex; i++ {
 		term, ok := c.log.term(i)
 		if !ok {
@@ -231,8 +234,9 @@ func (b *ledger) commit(s *sim, n *simNode, from Index) {
 	if c.commitIndex <= known {
 		return
 	}
-	if votes := b.durableOn(s, c.commitIndex, termOf(c, c.commitIndex)); votes <= s.swarm.voters/2 {
-		s.fail("6 node %d (%s) commits entry %d, which is durable on %d of %d voters", n.i, c.role, c.commitIndex, votes, s.swarm.voters)
+	b.inForce = conf
+	if !b.durable(s, conf, c.commitIndex, termOf(c, c.commitIndex)) {
+		s.fail("6 node %d (%s) commits entry %d, which is not durable on a quorum of %s", n.i, c.role, c.commitIndex, simMemberList(conf))
 	}
 	for _, o := range s.nodes {
 		if o.core != nil && o.core.role == Leader && o.core.currentTerm > c.currentTerm && c.commitIndex > o.core.log.start.Index &&
@@ -262,6 +266,9 @@ func (b *ledger) extend(s *sim, n *simNode, i Index, term Term) {
 		m.last = at
 	}
 	b.committed = append(b.committed, ledgerCommit{term: term, by: n.core.currentTerm, result: result, machine: m})
+	if run.kind(0) == entryConfiguration && i > 1 {
+		b.entered(s, i, run.data(0), n.core.currentTerm)
+	}
 	if run.kind(0) == entryCommand {
 		s.load.committed(s, i, run.data(0))
 	}
@@ -295,7 +302,7 @@ func (b *ledger) leaves(s *sim, n *simNode, m *message) {
 		if term = m.vote.Term; m.vote.PreVote {
 			term--
 		} else {
-			b.vote(s, n, term, n.id)
+			b.vote(s, n, term, m.vote.Candidate)
 		}
 	case m.append != nil:
 		term = m.append.Term
@@ -318,7 +325,7 @@ func (b *ledger) leaves(s *sim, n *simNode, m *message) {
 
 // vote records a vote that leaves: one per node and term (10), durable (11).
 func (b *ledger) vote(s *sim, n *simNode, term Term, candidate memberID) {
-	k := voteKey{n.i, term}
+	k := voteKey{n.i, n.disks, term}
 	if old := b.votes[k]; old != 0 && old != candidate {
 		s.fail("10 node %d votes for %d in term %d, after it voted for %d", n.i, candidate, term, old)
 	}
@@ -346,7 +353,7 @@ func (b *ledger) diskChanged(s *sim, n *simNode) {
 		return
 	}
 	for i := low; i <= Index(len(b.committed)); i++ {
-		if t, _ := b.commitTerm(i); b.durableOn(s, i, t) <= s.swarm.voters/2 {
+		if t, _ := b.commitTerm(i); !b.durable(s, b.inForce, i, t) {
 			s.fail("6 node %d replaced committed entry %d on its disk; no quorum has it any more", n.i, i)
 		}
 	}

@@ -67,6 +67,10 @@ func (l *simClients) arrive(s *sim) {
 	if c.role == Leader && !c.hasRoom() || c.role != Leader && c.leader == 0 {
 		return
 	}
+	leader := s.peer(c, c.leader)
+	if c.role != Leader && leader == nil {
+		return // it leads on its way out
+	}
 	var b entryBuilder
 	var props []*Proposal
 	for range s.between(1, w.batchMax) {
@@ -87,8 +91,8 @@ func (l *simClients) arrive(s *sim) {
 		return
 	}
 	n.wait.forwardBegins()
-	call := &simCall{kind: callForward, from: n.i, to: int(c.leader) - 1, fromRun: n.run,
-		forward: &forwardArgs{From: n.id, Count: len(props), Encoded: b.buf}, batch: &simBatch{props: props}}
+	call := &simCall{kind: callForward, from: n.i, to: leader.i, toID: c.leader, toDisk: leader.disks, fromRun: n.run,
+		forward: &forwardArgs{From: c.self, Count: len(props), Encoded: b.buf}, batch: &simBatch{props: props}}
 	l.calls = append(l.calls, call)
 	s.transmit(&simMsg{call: call})
 	s.push(simEvent{at: s.now + s.someTimeouts(0.5, 4), kind: evForwardTimeout, node: n.i, run: n.run, msg: &simMsg{call: call}})
@@ -99,7 +103,7 @@ func (l *simClients) arrive(s *sim) {
 func (s *sim) lag() Index {
 	lo, hi := ^Index(0), Index(0)
 	for _, n := range s.nodes {
-		if n.lost != "" {
+		if n.lost != "" || !s.isMember(n) {
 			continue
 		}
 		lo, hi = min(lo, s.book.durableCommitted(n)), max(hi, n.disk.last())

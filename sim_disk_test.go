@@ -14,7 +14,7 @@ type simDisk struct {
 	hard    HardState
 	start   EntryID
 	entries []simDiskEntry // from start.Index+1 on
-	config  []byte
+	config  configAt       // the newest one up to start
 	staged  []Save
 	lsn     LSN           // durable position of this run
 	snaps   MemoryStorage // its snapshots, nothing else
@@ -25,6 +25,7 @@ type simDisk struct {
 type simDiskEntry struct {
 	term Term
 	raw  []byte
+	conf []byte // of a configuration
 }
 
 var _ Storage = (*simDisk)(nil)
@@ -39,7 +40,9 @@ func (d *simDisk) OpenSnapshot(last EntryID) (SnapshotMeta, SnapshotReader, erro
 
 func newSimDisk(first Entries) *simDisk {
 	d := &simDisk{}
-	d.put(first)
+	if first.Len() > 0 {
+		d.put(first)
+	}
 	return d
 }
 
@@ -65,10 +68,11 @@ func (d *simDisk) put(e Entries) {
 	}
 	d.entries = d.entries[:e.First()-d.start.Index-1]
 	for i := range e.Len() {
-		d.entries = append(d.entries, simDiskEntry{e.term(i), e.raw(i)})
+		one := simDiskEntry{term: e.term(i), raw: e.raw(i)}
 		if e.kind(i) == entryConfiguration {
-			d.config = e.data(i)
+			one.conf = e.data(i)
 		}
+		d.entries = append(d.entries, one)
 	}
 }
 
@@ -80,15 +84,37 @@ func (d *simDisk) apply(s *Save) {
 		d.put(e)
 	}
 	if s.Start != nil {
+		for _, conf := range d.configs() {
+			if conf.index <= s.Start.Index {
+				d.config = conf
+			}
+		}
 		d.entries = append([]simDiskEntry(nil), d.entries[s.Start.Index-d.start.Index:]...)
 		d.start = *s.Start
 	}
 }
 
+// configs returns the configurations that are durable, oldest first.
+func (d *simDisk) configs() (out []configAt) {
+	if d.config.index > 0 {
+		out = append(out, d.config)
+	}
+	for i, e := range d.entries {
+		if e.conf != nil {
+			out = append(out, configAt{d.start.Index + 1 + Index(i), e.conf})
+		}
+	}
+	return out
+}
+
 // Open recovers; the run's positions begin again.
 func (d *simDisk) Open(context.Context, Identity) (Recovered, error) {
 	d.staged, d.lsn = nil, 0
-	rec := Recovered{HardState: d.hard, Start: d.start, Last: d.last(), Config: d.config}
+	rec := Recovered{HardState: d.hard, Start: d.start, Last: d.last()}
+	if all := d.configs(); len(all) > 0 {
+		newest := all[len(all)-1]
+		rec.Config, rec.ConfigIndex, rec.older = newest.data, newest.index, all[:len(all)-1]
+	}
 	for i, e := range d.entries {
 		if i == 0 || e.term != d.entries[i-1].term {
 			rec.Runs = append(rec.Runs, EntryID{d.start.Index + 1 + Index(i), e.term})

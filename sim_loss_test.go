@@ -37,9 +37,10 @@ func (n *simNode) sound() bool { return n.lost == "" && !n.suspect }
 
 // mayLose tells whether the node's disk may be lost: what a Raft cluster
 // survives is the loss of a minority of its voters. A seed draws how many of
-// those it makes use of.
+// those it makes use of. Where members change none is lost: which voters a
+// configuration to come can do without is not known yet.
 func (s *sim) mayLose(n *simNode) bool {
-	if !n.sound() || s.swarm.losses == 0 {
+	if !n.sound() || s.swarm.losses == 0 || s.swarm.spares > 0 {
 		return false
 	}
 	gone := 0

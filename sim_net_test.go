@@ -20,6 +20,8 @@ const (
 type simCall struct {
 	kind     simCallKind
 	from, to int
+	toID     memberID // whom the sender takes it for
+	toDisk   int
 	fromRun  uint32
 	link     uint64 // the connection it was sent on
 	vote     *voteArgs
@@ -143,8 +145,12 @@ func (s *sim) breakLink(from, to int) {
 
 // sendRequest turns a message of the core into a call.
 func (s *sim) sendRequest(n *simNode, m message) {
-	to := int(m.to) - 1
-	c := &simCall{from: n.i, to: to, fromRun: n.run, vote: m.vote, append: m.append}
+	o := s.peer(n.core, m.to)
+	if o == nil {
+		return // it has left meanwhile: there is nobody to dial
+	}
+	to := o.i
+	c := &simCall{from: n.i, to: to, toID: m.to, toDisk: o.disks, fromRun: n.run, vote: m.vote, append: m.append}
 	if m.append != nil {
 		c.kind = callHeartbeat
 		if !m.append.Heartbeat {
@@ -153,6 +159,10 @@ func (s *sim) sendRequest(n *simNode, m message) {
 			c.link = l.conn
 			l.outstanding = append(slices.DeleteFunc(l.outstanding, func(o *simCall) bool { return o.settled }), c)
 		}
+	}
+	if !s.acquainted(n, m.to, o) {
+		s.breakLink(n.i, to)
+		return
 	}
 	s.transmit(&simMsg{call: c})
 }
@@ -359,14 +369,18 @@ func (s *sim) heal() {
 	}
 	slices.SortFunc(s.heap, func(a, b simEvent) int { return cmp.Or(cmp.Compare(a.at, b.at), cmp.Compare(a.seq, b.seq)) })
 	s.turn(turnHeal, 0)
-	order := s.rng.Perm(s.swarm.voters)
-	order = slices.DeleteFunc(order, func(i int) bool { return !s.nodes[i].sound() })
-	alive := s.between(s.swarm.voters/2+1, len(order))
-	for i := range s.core {
-		s.core[i] = i >= s.swarm.voters && s.nodes[i].sound() && s.chance(0.7)
-	}
-	for _, i := range order[:alive] {
-		s.core[i] = true
+	if s.swarm.spares > 0 {
+		s.chooseCore()
+	} else {
+		order := s.rng.Perm(s.swarm.voters)
+		order = slices.DeleteFunc(order, func(i int) bool { return !s.nodes[i].sound() })
+		alive := s.between(s.swarm.voters/2+1, len(order))
+		for i := range s.core {
+			s.core[i] = i >= s.swarm.voters && s.nodes[i].sound() && s.chance(0.7)
+		}
+		for _, i := range order[:alive] {
+			s.core[i] = true
+		}
 	}
 	for i, n := range s.nodes {
 		n.crashIn = 0
@@ -396,11 +410,11 @@ func (s *sim) healed() bool {
 		return false
 	}
 	c := l.core
-	if c.commitIndex != c.log.last || c.commitIndex < c.firstOfTerm {
+	if c.commitIndex != c.log.last || c.commitIndex < c.firstOfTerm || !s.membersSettled(c) {
 		return false
 	}
 	for i, n := range s.nodes {
-		if s.core[i] && (n.core == nil || n.core.log.lastID() != c.log.lastID() || n.core.commitIndex != c.commitIndex || n.applied != c.commitIndex) {
+		if s.core[i] && c.configuration.byName(n.name) != nil && (n.core == nil || n.core.log.lastID() != c.log.lastID() || n.core.commitIndex != c.commitIndex || n.applied != c.commitIndex) {
 			return false
 		}
 	}
@@ -415,9 +429,9 @@ func (s *sim) describe() string {
 			continue
 		}
 		c := n.core
-		out += fmt.Sprintf("\n  %d %s term %d leader %d log %v..%v commit %d applied %d durable %d", n.i, c.role, c.currentTerm, c.leader, c.log.start, c.log.lastID(), c.commitIndex, n.applied, c.durableIndex)
+		out += fmt.Sprintf("\n  %d %s members %s term %d leader %d log %v..%v commit %d applied %d durable %d", n.i, c.role, simMemberList(&c.configuration), c.currentTerm, c.leader, c.log.start, c.log.lastID(), c.commitIndex, n.applied, c.durableIndex)
 		for _, p := range c.progress {
-			out += fmt.Sprintf("\n      to %d: state %d next %d match %d inflight %d reading %v", p.id-1, p.state, p.next, p.match, len(p.inflight), p.reading)
+			out += fmt.Sprintf("\n      to member %d: state %d next %d match %d inflight %d reading %v", p.id, p.state, p.next, p.match, len(p.inflight), p.reading)
 		}
 	}
 	return out

@@ -11,7 +11,9 @@ import (
 type simNode struct {
 	s      *sim
 	i      int
-	id     memberID
+	name   NodeID
+	disks  int  // counts its disks: one that left may come back with an empty one
+	left   Term // of the leader that last committed a configuration without it
 	limits limits
 	disk   *simDisk // survives crashes as far as it was flushed
 	wal    *simWAL  // the real log beside it, nil in most seeds
@@ -29,6 +31,7 @@ type simNode struct {
 	crashIn    int           // boundaries left until the crash, 0 if none is armed
 	released   []message     // scratch
 	restarting bool
+	led        EntryID // no-op of the term it led when it crashed
 	restartSeq LSN
 	suspect    bool   // bits of its disk have rotted
 	lost       string // why it never runs again in this run of the simulator
@@ -41,13 +44,13 @@ type simNode struct {
 
 	before      coreSnapshot
 	truncations uint64
-	seenMatch   []Index
+	seenMatch   map[memberID]Index
 	seenDurable Index
 	maxTermSent Term // over all runs: what others may have seen
 }
 
 func newSimNode(s *sim, i int, first Entries) *simNode {
-	n := &simNode{s: s, i: i, id: memberID(i + 1), disk: newSimDisk(first), clockRate: 1}
+	n := &simNode{s: s, i: i, name: simName(i), disk: newSimDisk(first), clockRate: 1}
 	var base *limits
 	if i > 0 {
 		base = &s.nodes[0].limits
@@ -58,7 +61,7 @@ func newSimNode(s *sim, i int, first Entries) *simNode {
 		n.wal.begin(s, first)
 	}
 	n.clockBase = time.Duration(s.rng.Int64N(int64(2 * time.Hour)))
-	n.seenMatch = make([]Index, s.swarm.nodes)
+	n.seenMatch = map[memberID]Index{}
 	return n
 }
 
@@ -82,10 +85,17 @@ func (s *sim) boot(n *simNode) {
 		rec, _ = n.disk.Open(context.Background(), Identity{})
 		rec.Tail = n.disk.tail(s.rng.IntN(4096))
 	}
-	conf, err := decodeConfiguration(rec.Config)
-	if err != nil {
-		s.fail("node %d: %v", n.i, err)
+	var conf configuration
+	if rec.Config != nil {
+		var err error
+		if conf, err = decodeConfiguration(rec.Config); err != nil {
+			s.fail("node %d: %v", n.i, err)
+		}
 	}
+	if n.led.Term > rec.HardState.Term {
+		s.book.unsay(n.led.Index, n.led.Term)
+	}
+	n.led = EntryID{}
 	defer s.back(s.turn(turnBoot, n.i))
 	n.run++
 	n.box, n.wait = outbox{}, pending{applied: rec.Start.Index, maxKept: 4096}
@@ -95,7 +105,8 @@ func (s *sim) boot(n *simNode) {
 	n.machine = s.book.machineAt(n.applied)
 	n.seenDurable = rec.Last
 	dice := rand.New(rand.NewPCG(s.rng.Uint64(), s.rng.Uint64()))
-	n.core = newCore(n.id, n.limits, rec, conf, dice, s.localNow(n))
+	n.core = newCore(rec.ownNumber(n.name, simDirectory(n.i, n.disks)), n.limits, rec, conf, dice, s.localNow(n))
+	n.core.name, n.core.directory = n.name, simDirectory(n.i, n.disks)
 	s.book.started(s, n)
 	s.note(n.i, "starts with term %d vote %d log %v..%d", rec.HardState.Term, rec.HardState.VotedFor, rec.Start, rec.Last)
 	s.begin(n)
@@ -141,7 +152,9 @@ func (s *sim) end(n *simNode) {
 	}
 	for _, to := range out.hangups {
 		s.hangups++
-		s.breakLink(n.i, int(to)-1)
+		if o := s.peer(c, to); o != nil {
+			s.breakLink(n.i, o.i)
+		}
 	}
 	for _, q := range out.reads {
 		before := s.turn(turnRead, n.i)
@@ -191,7 +204,7 @@ func (s *sim) release(n *simNode) {
 }
 
 func (s *sim) armTimer(n *simNode) {
-	if n.core == nil || n.core.role == Dead {
+	if n.core == nil || n.core.role == Dead || n.core.electionDeadline.IsZero() {
 		return
 	}
 	left := time.Duration(float64(n.core.electionDeadline.Sub(s.localNow(n))) / n.clockRate)
@@ -253,7 +266,7 @@ func (s *sim) onNode(n *simNode, e simEvent) {
 	case evReply:
 		s.onReply(n, e.msg)
 	case evAppendFailed:
-		s.begin(n).onAppendFailed(memberID(e.msg.call.to+1), e.msg.call.append)
+		s.begin(n).onAppendFailed(e.msg.call.toID, e.msg.call.append)
 		s.end(n)
 	case evFlushed:
 		s.onFlushed(n, e)
@@ -286,7 +299,10 @@ func (s *sim) onRequest(n *simNode, call *simCall) {
 
 func (s *sim) onReply(n *simNode, m *simMsg) {
 	call := m.call
-	from := memberID(call.to + 1)
+	from := call.toID
+	if m.appendReply != nil {
+		m.appendReply.directory = simDirectory(call.to, call.toDisk)
+	}
 	switch call.kind {
 	case callVote:
 		s.begin(n).onVoteReply(from, call.vote, m.voteReply)
@@ -428,8 +444,8 @@ func (s *sim) crash(n *simNode) {
 	n.core = nil
 	n.run++
 	n.crashDisk()
-	if leader, ok := s.book.leaders[term]; ok && leader == n.i && n.disk.hard.Term < term {
-		s.book.unsay(first, term)
+	if leader, ok := s.book.leaders[term]; ok && leader == n.i {
+		n.led = EntryID{first, term}
 	}
 	s.book.diskChanged(s, n)
 	for i := range s.nodes {
@@ -466,7 +482,7 @@ func (s *sim) restartAfter(n *simNode, d time.Duration) {
 // leave entries behind that only some nodes have.
 func (s *sim) campaign(n *simNode) {
 	c := n.core
-	if c == nil || c.role == Leader || c.role == Dead || n.pausedUntil > s.now || n.i >= s.swarm.voters {
+	if c == nil || c.role == Leader || c.role == Dead || n.pausedUntil > s.now || !c.configuration.voter(c.self) || c.removed {
 		return
 	}
 	s.note(n.i, "campaigns at once")

@@ -48,9 +48,10 @@ const (
 	evRestart
 	evPhase
 	evResume
+	evMembers
 )
 
-var simEventNames = [...]string{"", "timer", "heartbeat", "request", "reply", "append failed", "flushed", "read", "apply", "forward timeout", "client", "nemesis", "restart", "phase", "resume"}
+var simEventNames = [...]string{"", "timer", "heartbeat", "request", "reply", "append failed", "flushed", "read", "apply", "forward timeout", "client", "nemesis", "restart", "phase", "resume", "members"}
 
 // simEvent is one thing that will happen. It concerns a node in one of its
 // runs: a crash makes it void.
@@ -71,7 +72,9 @@ type simEvent struct {
 // which faults occur how often. Averages over all of them would find less: a
 // bug often needs one fault to be frequent and another to be absent.
 type simSwarm struct {
-	nodes, voters int
+	nodes, voters int // founders, and how many of them vote
+	spares        int // nodes that wait to be added; zero where the membership is fixed
+	membersEvery  time.Duration
 	timeout       time.Duration
 	wal           bool // the real log on a file system that loses power
 	ordered       bool // append streams keep their order, as TCP would
@@ -117,8 +120,8 @@ type sim struct {
 	seq      uint64
 	heap     []simEvent
 	nodes    []*simNode
-	links    []simLink // from*n + to
-	conf     configuration
+	links    []simLink     // from*n + to
+	conf     configuration // of the founders
 	netEpoch uint32
 	faulty   bool // in a round of faults; else healed
 
@@ -129,6 +132,7 @@ type sim struct {
 
 	book             ledger
 	load             simClients
+	members          simMembers
 	steps            int
 	judged           int // histories that porcupine saw
 	refused, hangups int // appends refused by followers of the same term, connections given up
@@ -165,6 +169,7 @@ type simResult struct {
 	losses    simLosses
 	timeout   time.Duration
 	nodes     int
+	members   simMembers
 	tail      string
 }
 
@@ -186,7 +191,7 @@ func runSim(seed uint64, plan simPlan) (res simResult) {
 		res.nodes = len(s.nodes)
 		res.hash, res.steps, res.simulated, res.healTimes = s.hash, s.steps, s.now, s.healTimes
 		res.committed, res.elections = Index(len(s.book.committed)), s.book.elections
-		res.judged = s.judged
+		res.judged, res.members = s.judged, s.members
 		res.ok, res.lost = s.load.answered, s.load.unknown
 		if r := recover(); r != nil {
 			var f simFailure
@@ -230,10 +235,10 @@ func newSim(seed uint64, plan simPlan) *sim {
 	s.turn(turnSetup, 0)
 	s.ring = make([]simRecord, 0, 512)
 	s.drawSwarm()
+	s.drawMembers()
 	if plan.tune != nil {
 		plan.tune(&s.swarm)
 	}
-	s.links = make([]simLink, s.swarm.nodes*s.swarm.nodes)
 	s.build()
 	return s
 }
@@ -241,13 +246,18 @@ func newSim(seed uint64, plan simPlan) *sim {
 // build makes the nodes that the swarm asks for.
 func (s *sim) build() {
 	n := s.swarm.nodes
+	slots := n + s.swarm.spares
+	s.links = make([]simLink, slots*slots)
 	for i := range n {
-		s.conf.members = append(s.conf.members, member{id: memberID(i + 1), name: NodeID(fmt.Sprint(i)), learner: i >= s.swarm.voters})
+		s.conf.members = append(s.conf.members, member{id: memberID(i + 1), name: simName(i), learner: i >= s.swarm.voters, dirID: simDirectory(i, 0)})
 	}
 	first := makeEntry(entryConfiguration, EntryID{1, 0}, time.Time{}, s.conf.encode())
 	s.book.init(s)
 	s.book.appended(s, 0, first, 0)
-	for i := range n {
+	for i := range slots {
+		if i == n {
+			first = Entries{} // the others have nothing
+		}
 		s.nodes = append(s.nodes, newSimNode(s, i, first))
 	}
 	s.load.init(s)
@@ -487,6 +497,9 @@ func (s *sim) start() {
 	}
 	s.core = make([]bool, len(s.nodes))
 	s.push(simEvent{at: s.swarm.clientEvery, kind: evClient})
+	if s.swarm.spares > 0 {
+		s.push(simEvent{at: s.swarm.membersEvery, kind: evMembers})
+	}
 	s.beginFaults()
 }
 
@@ -512,6 +525,9 @@ func (s *sim) handle(e simEvent) {
 	case evClient:
 		s.load.arrive(s)
 		return
+	case evMembers:
+		s.changeMembers()
+		return
 	case evNemesis:
 		if s.faulty && e.epoch == uint32(s.round) {
 			s.nemesis()
@@ -534,7 +550,7 @@ func (s *sim) handle(e simEvent) {
 		return
 	}
 	n := s.nodes[e.node]
-	if e.msg != nil && e.epoch != s.netEpoch && e.kind != evForwardTimeout {
+	if e.msg != nil && e.epoch != s.netEpoch && e.kind != evForwardTimeout || e.kind == evRequest && e.msg.call.toDisk != n.disks {
 		return
 	}
 	if n.core == nil || e.run != 0 && e.run != n.run {
@@ -572,6 +588,7 @@ type simSummary struct {
 	losses                  simLosses
 	answered, unknown       int
 	committed               Index
+	members                 simMembers
 	simulated, wall         time.Duration
 	heals                   []float64
 }
@@ -580,6 +597,7 @@ func (t *simSummary) add(r simResult) {
 	t.seeds++
 	t.judged += r.judged
 	t.losses.add(r.losses)
+	t.members.add(&r.members)
 	t.steps += r.steps
 	t.elections += r.elections
 	t.answered += r.ok
@@ -597,9 +615,9 @@ func (t *simSummary) String() string {
 		}
 		return t.heals[int(p*float64(len(t.heals)-1))]
 	}
-	return fmt.Sprintf("%d seeds, %d steps in %v (%.0f/s), %v simulated (%.0f times real time), %d committed, %d elections, %d answered, %d unknown, %d histories judged by porcupine; disks: %+v; %d times healed: p50 %.2f p99 %.2f max %.2f election timeouts",
+	return fmt.Sprintf("%d seeds, %d steps in %v (%.0f/s), %v simulated (%.0f times real time), %d committed, %d elections, %d answered, %d unknown, %d histories judged by porcupine; disks: %+v; %v; %d times healed: p50 %.2f p99 %.2f max %.2f election timeouts",
 		t.seeds, t.steps, t.wall.Round(time.Millisecond), float64(t.steps)/t.wall.Seconds(), t.simulated.Round(time.Second), t.simulated.Seconds()/t.wall.Seconds(),
-		t.committed, t.elections, t.answered, t.unknown, t.judged, t.losses, len(t.heals), at(0.5), at(0.99), at(1))
+		t.committed, t.elections, t.answered, t.unknown, t.judged, t.losses, &t.members, len(t.heals), at(0.5), at(0.99), at(1))
 }
 
 // TestSim runs fresh seeds, or the one of -sim.seed.
@@ -615,7 +633,7 @@ func TestSim(t *testing.T) {
 	t.Logf("fresh seeds from -sim.base=%d", base)
 	sum := runSeeds(t, base, *simSeeds, *simDuration)
 	t.Log(sum)
-	if sum.seeds >= 20 && (sum.committed == 0 || sum.answered == 0 || len(sum.heals) == 0) {
+	if sum.seeds >= 20 && (sum.committed == 0 || sum.members.committed == 0 || sum.answered == 0 || len(sum.heals) == 0) {
 		t.Errorf("the simulation did nothing: %v", sum)
 	}
 }

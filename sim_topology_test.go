@@ -17,7 +17,6 @@ func quietSim(seed uint64, nodes int, l limits) *sim {
 		// one round, without anything that strikes during it
 		rounds: 1, roundTimeouts: 1000, nemesisEvery: 1 << 50, nemeses: []int{nemHealNet},
 	}
-	s.links = make([]simLink, nodes*nodes)
 	s.conf, s.nodes, s.book, s.load = configuration{}, nil, ledger{}, simClients{}
 	s.build()
 	for _, n := range s.nodes {

@@ -34,8 +34,8 @@ type simWAL struct {
 var errSimPower = errors.New("power failure")
 
 func newSimWAL(s *sim, n *simNode) *simWAL {
-	rng := rand.New(rand.NewPCG(s.seed, uint64(n.i)+77))
-	w := &simWAL{mem: vfs.NewMem(rng), rng: rng, id: Identity{ClusterID: "sim", NodeID: s.conf.members[n.i].name}}
+	rng := rand.New(rand.NewPCG(s.seed, uint64(n.i+1000*n.disks)+77))
+	w := &simWAL{mem: vfs.NewMem(rng), rng: rng, id: Identity{ClusterID: "sim", NodeID: n.name}}
 	w.options = wal.Options{
 		MinSegmentBytes: 16384, MaxSegmentBytes: 16384 << s.rng.IntN(3), MaxSpares: s.between(-1, 2),
 		Rand: rng.Uint64, PrepareInline: true,
@@ -80,7 +80,9 @@ func (w *simWAL) begin(s *sim, first Entries) {
 	if _, err := w.open(1 << 20); err != nil {
 		s.fail("an empty directory does not open: %v", err)
 	}
-	w.storage.Append(Save{LSN: 1, Entries: []Entries{first}})
+	if first.Len() > 0 {
+		w.storage.Append(Save{LSN: 1, Entries: []Entries{first}})
+	}
 	if _, err := w.storage.Flush(); err != nil {
 		s.fail("the first flush: %v", err)
 	}
@@ -145,7 +147,7 @@ func (s *sim) recover(n *simNode) (Recovered, bool) {
 // recovered tells whether the real log recovered exactly what the model has.
 func (s *sim) recovered(n *simNode, rec *Recovered) bool {
 	d := n.disk
-	if rec.HardState != d.hard || rec.Start != d.start || rec.Last != d.last() || !bytes.Equal(rec.Config, d.config) {
+	if rec.HardState != d.hard || rec.Start != d.start || rec.Last != d.last() || !sameConfigs(rec, d.configs()) {
 		return false
 	}
 	for lo := rec.Start.Index + 1; lo <= rec.Last; {
@@ -181,6 +183,15 @@ func (s *sim) recovered(n *simNode, rec *Recovered) bool {
 		}
 	}
 	return true
+}
+
+// sameConfigs tells whether a log recovered exactly the configurations of the model.
+func sameConfigs(rec *Recovered, want []configAt) bool {
+	var got []configAt
+	if rec.Config != nil {
+		got = append(slices.Clone(rec.older), configAt{rec.ConfigIndex, rec.Config})
+	}
+	return slices.EqualFunc(got, want, func(a, b configAt) bool { return a.index == b.index && bytes.Equal(a.data, b.data) })
 }
 
 // same tells whether the model has exactly these entries.
