@@ -122,10 +122,13 @@ func (c *core) changeMembers(edit func(list []Member) ([]Member, error)) (EntryI
 		return refuse(MembershipNotLeader)
 	case c.commitIndex < c.firstOfTerm:
 		return refuse(MembershipTooEarly) // else two configurations could overlap without a common majority
-	case newest.index > c.commitIndex || newest.conf.changing():
+	case newest.index > c.commitIndex || newest.conf.joint:
 		return refuse(MembershipPending)
 	}
-	target, err := edit(newest.conf.list())
+	// A change that waits for somebody to catch up has changed no vote yet. The
+	// next one may add to it, or take it back: that somebody may never come.
+	goal := newest.conf.entered()
+	target, err := edit(goal.list())
 	if err != nil {
 		return EntryID{}, err
 	}
@@ -166,18 +169,17 @@ func (c *core) intend(conf *configuration, target []Member) (next configuration,
 	next.clusterUUID = conf.clusterUUID
 	for _, m := range conf.members {
 		i := slices.IndexFunc(target, func(t Member) bool { return t.ID == m.name })
-		if i < 0 && m.learner {
+		switch {
+		case i < 0 && m.learner:
 			continue
-		}
-		if i < 0 {
+		case i < 0:
 			m.next = leaves
-		} else if t := target[i]; t.Learner != m.learner {
-			m.addr, m.next = t.Addr, becomesVoter
-			if t.Learner {
-				m.next = becomesLearner
-			}
-		} else {
-			m.addr = t.Addr
+		case target[i].Learner == m.learner:
+			m.addr, m.next = target[i].Addr, staysAsIs
+		case m.learner:
+			m.addr, m.next = target[i].Addr, becomesVoter
+		default:
+			m.addr, m.next = target[i].Addr, becomesLearner
 		}
 		next.members = append(next.members, m)
 	}
@@ -286,18 +288,46 @@ func (c *core) continueChange() {
 		conf.joint = true
 		c.appendConfiguration(conf)
 	case !conf.voter(c.self) && !conf.changing():
-		// It led until the configuration without it was committed (§6).
-		c.becomeFollower(c.currentTerm, 0)
+		c.leave(&conf)
+	}
+}
+
+// leave ends the leadership of a leader that is no voter any more. It led until
+// the configuration without it was committed (§6); now the best of the others
+// campaigns at once, so that nobody waits for an election timeout.
+func (c *core) leave(conf *configuration) {
+	if to := c.bestSuccessor(); to != 0 {
+		c.sendCampaign(c.progressOf(to))
+	}
+	c.becomeFollower(c.currentTerm, 0)
+	if !conf.has(c.self) {
+		c.removed = true
+		c.emit(Event{Kind: EventRemoved, Peer: c.name})
 	}
 }
 
 // caughtUp tells whether those who are to become voters have the log as it was
 // a heartbeat ago: they would not hold up a commit (thesis 4.2.1).
 func (c *core) caughtUp(conf *configuration) bool {
+	return c.lagging(conf) == nil
+}
+
+// lagging returns the first of those who are to become voters that has not
+// caught up, nil if there is none.
+func (c *core) lagging(conf *configuration) *progress {
 	for _, m := range conf.members {
-		if m.next == becomesVoter && c.progressOf(m.id).match < c.heartbeatLast {
-			return false
+		if p := c.progressOf(m.id); m.next == becomesVoter && p != nil && p.match < c.heartbeatLast {
+			return p
 		}
 	}
-	return true
+	return nil
+}
+
+// unfinished says what the change under way waits for, where this server knows.
+func (c *core) unfinished(cause error) error {
+	newest := c.configs[len(c.configs)-1].conf
+	if p := c.lagging(&newest); c.role == Leader && p != nil {
+		return &LaggingError{Node: p.id.label(c), Match: p.match, Last: c.log.last, Err: cause}
+	}
+	return cause
 }

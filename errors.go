@@ -139,7 +139,7 @@ const (
 	MembershipNotLeader MembershipReason = iota + 1
 	// MembershipTooEarly: the leader has committed nothing in its term yet; try again.
 	MembershipTooEarly
-	// MembershipPending: another change is not finished; wait for it.
+	// MembershipPending: another change is being committed; wait for it.
 	MembershipPending
 	// MembershipNoVoters: nobody would be left to decide anything.
 	MembershipNoVoters
@@ -151,20 +151,26 @@ const (
 	MembershipExists
 	// MembershipUnknown: the node is not a member.
 	MembershipUnknown
-	// MembershipBad: the member has no ID or no address of the form host:port.
+	// MembershipBad: the member has no ID, one that is listed twice, or no address of the form host:port.
 	MembershipBad
+	// MembershipSameAddr: two members have one address.
+	MembershipSameAddr
+	// MembershipReplaced: a later change took this one back before it was finished.
+	MembershipReplaced
 )
 
 var membershipReasons = [...]string{
 	MembershipNotLeader: "this node does not lead; ask the leader",
 	MembershipTooEarly:  "the leader has committed nothing in its term yet; try again",
-	MembershipPending:   "another change is not finished; wait for it",
+	MembershipPending:   "another change is being committed; wait for it and try again",
 	MembershipNoVoters:  "no voter would be left; add one first",
 	MembershipQuorum:    "a majority of the voters to be does not answer; bring them back first, or the cluster would stop",
 	MembershipTooMany:   "a cluster has at most 128 members",
 	MembershipExists:    "the node is a member already; remove it first, or change its address with ChangeMembers",
 	MembershipUnknown:   "the node is not a member; Status lists them",
-	MembershipBad:       "a member needs an ID of 1 to 255 bytes and an address of the form host:port",
+	MembershipBad:       "a member needs an ID of 1 to 255 bytes that is listed once, and an address of the form host:port with a host and a port",
+	MembershipSameAddr:  "another member has its address; give each node its own",
+	MembershipReplaced:  "a later change took this one back before it was finished; Status lists the members",
 }
 
 // MembershipError refuses a change of the membership. Nothing was changed.
@@ -184,6 +190,23 @@ func (e *MembershipError) Error() string {
 	}
 	return s
 }
+
+// LaggingError is why a change of the membership is not finished: a node that is
+// to become a voter has not caught up. It becomes one as soon as it has, whoever
+// leads then. The error matches ErrOutcomeUnknown and the context's error.
+type LaggingError struct {
+	Node        NodeID
+	Match, Last Index // the newest entry that it has, as far as the leader knows, and the leader's
+	Err         error // why the wait ended
+}
+
+func (e *LaggingError) Error() string {
+	return fmt.Sprintf("raft: node %q has not caught up: it has entry %d of %d, and becomes a voter when it has all; wait for it, check that it runs and that its address leads to it, or take the change back with Remove: %v",
+		e.Node, e.Match, e.Last, e.Err)
+}
+
+// Unwrap returns why the wait ended.
+func (e *LaggingError) Unwrap() error { return e.Err }
 
 // TransferReason says why leadership was not handed over.
 type TransferReason byte

@@ -9,8 +9,10 @@ import (
 // AddVoter adds a node as a learner, brings it up to date and makes it a
 // voter, or makes a voter of a learner. It returns once that is committed. Only
 // the leader changes the membership; the error is a *MembershipError, after
-// which nothing was changed, ErrSuperseded, or matches ErrOutcomeUnknown: then
-// Status shows what became of it, and a later leader may finish it.
+// which nothing was changed (but see MembershipReplaced), ErrSuperseded,
+// ErrStopped, or matches ErrOutcomeUnknown: then Status shows what became of
+// it, and a later leader may finish it. While the node has not caught up,
+// that error is also a *LaggingError; Remove takes the change back.
 func (s *Server) AddVoter(ctx context.Context, m Member) error {
 	m.Learner = false
 	return s.changeMembers(ctx, func(list []Member) ([]Member, error) {
@@ -75,16 +77,23 @@ func (s *Server) ChangeMembers(ctx context.Context, list []Member) error {
 // changeMembers proposes what edit makes of the members, and waits until the
 // cluster is there.
 func (s *Server) changeMembers(ctx context.Context, edit func([]Member) ([]Member, error)) error {
+	if err := ctx.Err(); err != nil {
+		return err
+	}
 	cm := s.cm
 	var id EntryID
-	var err error
+	var before, after []Member
+	err := ErrStopped
 	cm.step(func(c *core) {
-		id, err = c.changeMembers(func(list []Member) ([]Member, error) {
-			out, err := edit(list)
-			if err == nil {
-				err = checkMembers(out)
+		if c.role == Dead {
+			return
+		}
+		id, err = c.changeMembers(func(list []Member) (out []Member, err error) {
+			before = slices.Clone(list)
+			if after, err = edit(list); err == nil {
+				err = checkMembers(after)
 			}
-			return out, err
+			return after, err
 		})
 	})
 	if err != nil {
@@ -93,23 +102,47 @@ func (s *Server) changeMembers(ctx context.Context, edit func([]Member) ([]Membe
 	known := false
 	err = s.waitFor(ctx, func(c *core) (done bool, err error) {
 		done, err = c.changeDone(id)
+		if done && err == nil && !tookEffect(before, after, c.configuration.list()) {
+			err = &MembershipError{Reason: MembershipReplaced}
+		}
 		known = done
 		return done, err
 	})
 	if err != nil && !known {
-		return outcomeUnknown(err)
+		cm.mu.Lock()
+		err = outcomeUnknown(cm.core.unfinished(err))
+		cm.unlock()
 	}
 	return err
 }
 
+// tookEffect tells whether what differs between before and after is now so.
+func tookEffect(before, after, now []Member) bool {
+	same := func(list []Member, m Member) bool {
+		return slices.ContainsFunc(list, func(o Member) bool { return o.ID == m.ID && o.Learner == m.Learner })
+	}
+	for _, m := range after {
+		if !same(before, m) && !same(now, m) {
+			return false
+		}
+	}
+	return !slices.ContainsFunc(before, func(m Member) bool {
+		id := func(o Member) bool { return o.ID == m.ID }
+		return !slices.ContainsFunc(after, id) && slices.ContainsFunc(now, id)
+	})
+}
+
 func checkMembers(list []Member) error {
-	seen := map[NodeID]bool{}
+	ids, addrs := map[NodeID]bool{}, map[string]bool{}
 	for _, m := range list {
-		_, _, err := net.SplitHostPort(m.Addr)
-		if err != nil || m.ID == "" || len(m.ID) > 255 || seen[m.ID] {
+		host, port, err := net.SplitHostPort(m.Addr)
+		if err != nil || host == "" || port == "" || port == "0" || m.ID == "" || len(m.ID) > 255 || ids[m.ID] {
 			return &MembershipError{Reason: MembershipBad, Node: m.ID}
 		}
-		seen[m.ID] = true
+		if addrs[m.Addr] {
+			return &MembershipError{Reason: MembershipSameAddr, Node: m.ID}
+		}
+		ids[m.ID], addrs[m.Addr] = true, true
 	}
 	return nil
 }
@@ -119,9 +152,15 @@ func checkMembers(list []Member) error {
 // wait. The error is a *TransferError, ctx's, or ErrStopped; after one this
 // node may still lead.
 func (s *Server) TransferLeadership(ctx context.Context, to NodeID) error {
+	if err := ctx.Err(); err != nil {
+		return err
+	}
 	cm := s.cm
-	var err error
+	err := ErrStopped
 	cm.step(func(c *core) {
+		if c.role == Dead {
+			return
+		}
 		var id memberID
 		if to != "" {
 			m := c.configuration.byName(to)

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -83,23 +84,35 @@ func expired() context.Context {
 	return ctx
 }
 
-// A leader that is removed commits the configuration without it, stops leading,
-// and another takes over (§6).
+// A leader that is removed commits the configuration without it, hands over at
+// once, and neither leads nor campaigns any more (§6).
 func TestRemoveLeader(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		h := NewHarness(t, 3)
-		leader, _ := h.CheckSingleLeader()
+		leader, term := h.CheckSingleLeader()
 		proposeN(t, h, "before", 3)
 		h.Remove(leader)
-		h.CrashPeer(leader)
-		next, _ := h.CheckSingleLeader()
-		if next == leader {
-			t.Fatal("the removed node leads")
+		began := time.Now()
+		next, now := h.CheckSingleLeader()
+		if took := time.Since(began); next == leader || now != term+1 || took > 50*time.Millisecond {
+			t.Fatalf("%v after node %d removed itself in term %d, node %d leads term %d", took, leader, term, next, now)
 		}
 		if got := voters(h.Server(next)); len(got) != 2 {
 			t.Errorf("voters are %v, want 2", got)
 		}
 		proposeN(t, h, "after", 3)
+		time.Sleep(time.Minute) // virtual: it has campaigned often, if it campaigns
+		if still, t2 := h.CheckSingleLeader(); still != next || t2 != now {
+			t.Errorf("a minute later node %d leads term %d; node %d led term %d", still, t2, next, now)
+		}
+		told := false
+		for e := range h.Server(leader).Events(expired()) {
+			told = told || e.Kind == EventRemoved
+		}
+		if st := h.Server(leader).Status(); !told || st.Role != Follower || st.Err != nil {
+			t.Errorf("the removed leader knows it: %v; it is a %v with error %v", told, st.Role, st.Err)
+		}
+		h.CrashPeer(leader)
 	})
 }
 
@@ -142,7 +155,7 @@ func TestChangeSurvivesLeader(t *testing.T) {
 				h.CrashPeer(leader)
 				cancel()
 				var refused *MembershipError // it crashed first
-				if err := <-done; err != nil && !errors.Is(err, ErrOutcomeUnknown) && !errors.As(err, &refused) {
+				if err := <-done; err != nil && !errors.Is(err, ErrOutcomeUnknown) && !errors.Is(err, ErrStopped) && !errors.As(err, &refused) {
 					t.Fatalf("AddVoter: %v", err)
 				}
 				h.RestartPeer(leader)
@@ -183,13 +196,126 @@ func TestMembershipRefusals(t *testing.T) {
 		check("twice", s.AddVoter(ctx, Member{ID: "1", Addr: "node1:1"}), MembershipExists)
 		check("a learner twice", s.AddLearner(ctx, Member{ID: "1", Addr: "node1:1"}), MembershipExists)
 		check("an absent one", s.Remove(ctx, "9"), MembershipUnknown)
-		check("no address", s.AddVoter(ctx, Member{ID: "9", Addr: "nowhere"}), MembershipBad)
+		check("nobody", s.Remove(ctx, ""), MembershipUnknown)
+		check("by itself", s.Replace(ctx, "1", Member{ID: "1", Addr: "node1:1"}), MembershipExists)
+		check("an absent one replaced", s.Replace(ctx, "9", Member{ID: "8", Addr: "node8:1"}), MembershipUnknown)
+		for _, addr := range []string{"", "nowhere", ":1", "node9:", "node9:0", "[::1", "a:b:c"} {
+			check("address "+addr, s.AddVoter(ctx, Member{ID: "9", Addr: addr}), MembershipBad)
+		}
+		check("no ID", s.AddLearner(ctx, Member{Addr: "node9:1"}), MembershipBad)
+		check("a long ID", s.AddLearner(ctx, Member{ID: NodeID(strings.Repeat("x", 256)), Addr: "node9:1"}), MembershipBad)
+		check("another's address", s.AddVoter(ctx, Member{ID: "9", Addr: "node1:1"}), MembershipSameAddr)
+		check("listed twice", s.ChangeMembers(ctx, []Member{{ID: "0", Addr: "node0:1"}, {ID: "0", Addr: "node9:1"}}), MembershipBad)
 		check("nobody", s.ChangeMembers(ctx, nil), MembershipNoVoters)
+		check("learners only", s.ChangeMembers(ctx, []Member{{ID: "0", Addr: "node0:1", Learner: true}}), MembershipNoVoters)
+		many := s.Status().Members
+		for i := range maxMembers {
+			many = append(many, Member{ID: NodeID(fmt.Sprint("m", i)), Addr: fmt.Sprintf("m%d:1", i), Learner: true})
+		}
+		check("too many", s.ChangeMembers(ctx, many), MembershipTooMany)
+		if err := s.AddVoter(expired(), Member{ID: "9", Addr: "node9:1"}); !errors.Is(err, context.Canceled) || errors.Is(err, ErrOutcomeUnknown) {
+			t.Errorf("with a context that has ended: %v", err)
+		}
 		h.DisconnectPeer((leader + 1) % 3)
 		time.Sleep(200 * time.Millisecond) // virtual: an election timeout
 		check("quorum at risk", s.Remove(ctx, NodeID(fmt.Sprint((leader+2)%3))), MembershipQuorum)
 		if got := len(s.Status().Members); got != 3 {
 			t.Errorf("%d members after refusals", got)
+		}
+		h.CrashPeer(leader)
+		if err := s.Remove(ctx, "1"); !errors.Is(err, ErrStopped) {
+			t.Errorf("on a stopped node: %v", err)
+		}
+		if err := s.TransferLeadership(ctx, ""); !errors.Is(err, ErrStopped) {
+			t.Errorf("transfer on a stopped node: %v", err)
+		}
+	})
+}
+
+// Every reason has a text of its own that says what to do.
+func TestMembershipReasons(t *testing.T) {
+	seen := map[string]bool{}
+	for r := MembershipNotLeader; int(r) < len(membershipReasons); r++ {
+		text := (&MembershipError{Reason: r, Node: "n", Leader: "l"}).Error()
+		if membershipReasons[r] == "" || seen[text] || !strings.Contains(text, `"n"`) {
+			t.Errorf("reason %d says %q", r, text)
+		}
+		seen[text] = true
+	}
+	for r := TransferNotLeader; int(r) < len(transferReasons); r++ {
+		if text := (&TransferError{Reason: r, Node: "n"}).Error(); transferReasons[r] == "" || seen[text] {
+			t.Errorf("transfer reason %d says %q", r, text)
+		}
+	}
+}
+
+// A node that never catches up holds up its own promotion and nothing else: the
+// caller is told whom it waits for, another change is made meanwhile, and
+// Remove takes the promotion back.
+func TestLaggingLearnerIsNotPromoted(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := NewHarness(t, 3)
+		proposeN(t, h, "before", 3)
+		leader, _ := h.CheckSingleLeader()
+		s := h.Server(leader)
+		i, j := h.startNew(), h.startNew()
+		h.DisconnectPeer(i)
+		gone := Member{ID: NodeID(fmt.Sprint(i)), Addr: harnessAddr(i)}
+		ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+		defer cancel()
+		err := s.AddVoter(ctx, gone)
+		var lagging *LaggingError
+		if !errors.As(err, &lagging) || lagging.Node != gone.ID || lagging.Match != 0 || lagging.Last == 0 ||
+			!errors.Is(err, ErrOutcomeUnknown) || !errors.Is(err, context.DeadlineExceeded) {
+			t.Fatalf("adding a node that does not answer: %v", err)
+		}
+		if got := voters(s); len(got) != 3 {
+			t.Errorf("voters are %v while the new one has nothing", got)
+		}
+		waiting := make(chan error, 1)
+		go func() { // both are to become voters now, and neither does without the other
+			waiting <- s.AddVoter(context.Background(), Member{ID: NodeID(fmt.Sprint(j)), Addr: harnessAddr(j)})
+		}()
+		synctest.Wait()
+		time.Sleep(time.Second) // virtual
+		if got := voters(s); len(got) != 3 {
+			t.Errorf("voters are %v, before all that are to be have caught up", got)
+		}
+		if err := s.Remove(context.Background(), gone.ID); err != nil {
+			t.Fatalf("taking the change back: %v", err)
+		}
+		if err := <-waiting; err != nil {
+			t.Errorf("the change that came between: %v", err)
+		}
+		if got := voters(s); len(got) != 4 {
+			t.Errorf("voters are %v, want 4", got)
+		}
+		h.ReconnectPeer(i)
+		h.lead("Add", func(ctx context.Context, s *Server) error { return s.AddVoter(ctx, gone) })
+		proposeN(t, h, "after", 3)
+		h.CheckLogsMatch()
+	})
+}
+
+// Whoever waits for a change that is taken back is told so.
+func TestChangeTakenBack(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := NewHarness(t, 3)
+		proposeN(t, h, "before", 1)
+		leader, _ := h.CheckSingleLeader()
+		s := h.Server(leader)
+		waiting := make(chan error, 1)
+		go func() { waiting <- s.AddVoter(context.Background(), Member{ID: "9", Addr: "node9:1"}) }()
+		time.Sleep(time.Second) // virtual
+		if err := s.Remove(context.Background(), "9"); err != nil {
+			t.Fatal(err)
+		}
+		var m *MembershipError
+		if err := <-waiting; !errors.As(err, &m) || m.Reason != MembershipReplaced {
+			t.Errorf("the change that was taken back: %v", err)
+		}
+		if got := s.Status().Members; len(got) != 3 {
+			t.Errorf("members are %v", got)
 		}
 	})
 }
@@ -231,6 +357,11 @@ func TestTransferRefusals(t *testing.T) {
 		}
 		check("on a follower", h.Server((leader+1)%3).TransferLeadership(ctx, ""), TransferNotLeader)
 		check("to nobody", s.TransferLeadership(ctx, "9"), TransferNotVoter)
+		learner := NodeID(fmt.Sprint(h.startNew()))
+		if err := s.AddLearner(ctx, Member{ID: learner, Addr: "node3:1"}); err != nil {
+			t.Fatal(err)
+		}
+		check("to a learner", s.TransferLeadership(ctx, learner), TransferNotVoter)
 		dead := (leader + 1) % 3
 		h.CrashPeer(dead)
 		time.Sleep(200 * time.Millisecond) // virtual: an election timeout

@@ -241,7 +241,7 @@ func (s *sim) doesNotStart(n *simNode, err error, changes int) {
 // cluster goes on.
 func TestSimDiskFaults(t *testing.T) {
 	plan := simPlan{test: "TestSimDiskFaults", disk: "wal", tune: func(w *simSwarm) {
-		w.nodes, w.voters, w.losses, w.rounds = 5, 5, 2, 2
+		w.nodes, w.voters, w.spares, w.losses, w.rounds = 5, 5, 0, 2, 2
 		w.nemeses = []int{nemRot, nemWipe, nemFull, nemCrashAll, nemPause, nemClog, nemSplit, nemHealNet}
 		w.nemesisEvery = w.timeout
 		w.clientEvery = w.timeout / 20

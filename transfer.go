@@ -64,9 +64,14 @@ func (c *core) continueTransfer() {
 	}
 	if !t.sent && p.match == c.log.last {
 		t.sent = true
-		c.send(message{to: p.id, append: &appendArgs{
-			Term: c.currentTerm, Leader: c.self, Prev: EntryID{p.match, p.matchTerm},
-			Commit: min(c.commitIndex, p.match), Heartbeat: true, Campaign: true,
-		}})
+		c.sendCampaign(p)
 	}
+}
+
+// sendCampaign tells a voter to hold an election at once (TimeoutNow).
+func (c *core) sendCampaign(p *progress) {
+	c.send(message{to: p.id, append: &appendArgs{
+		Term: c.currentTerm, Leader: c.self, Prev: EntryID{p.match, p.matchTerm},
+		Commit: min(c.commitIndex, p.match), Heartbeat: true, Campaign: true,
+	}})
 }
