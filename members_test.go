@@ -4,10 +4,14 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
+	"net"
 	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"github.com/fortytw2/leaktest"
 )
 
 // voters returns the IDs of a node's voters, in the order of their numbers.
@@ -521,5 +525,180 @@ func TestOwnNumberAfterRestart(t *testing.T) {
 	}
 	if id := (&Recovered{}).ownNumber("a", [16]byte{5}); id != 0 {
 		t.Errorf("a node without a log is member %d", id)
+	}
+}
+
+// A configuration goes with its entry when that is truncated, and what remains
+// is what a restart finds (§6).
+func TestScenario_MembershipRevertsOnTruncation(t *testing.T) {
+	c := testCore(t, 2, 3)
+	c.name = "b"
+	c.onAppendRequest(&appendArgs{Term: 1, Leader: 1, Prev: EntryID{1, 0}, Entries: []Entries{
+		confEntry(EntryID{2, 1}, confOf(false, "vvvp")), confEntry(EntryID{3, 1}, confOf(true, "vvvp"))}}, nil)
+	persist(t, c)
+	if got := simMemberList(&c.configuration); got != "{a b c d+(learner) joint}" || len(c.configs) != 3 {
+		t.Fatalf("the newest configuration is %s of %d", got, len(c.configs))
+	}
+	c.onAppendRequest(appendFrom(2, EntryID{2, 1}, 0, 2), nil)
+	persist(t, c)
+	if got := simMemberList(&c.configuration); got != "{a b c d+(learner)}" || len(c.configs) != 2 {
+		t.Errorf("entry 3 was replaced, and the configuration is %s of %d", got, len(c.configs))
+	}
+	c.onAppendRequest(appendFrom(3, EntryID{1, 0}, 2, 3), nil)
+	persist(t, c)
+	if got := simMemberList(&c.configuration); got != "{a b c}" || len(c.configs) != 1 {
+		t.Errorf("entry 2 was replaced, and the configuration is %s of %d", got, len(c.configs))
+	}
+}
+
+// All nodes lose their power: members, roles and directories are what they were.
+func TestScenario_MembershipSurvivesRestart(t *testing.T) {
+	virtual(t, 3, func(t *testing.T, h *Harness) {
+		h.settled(t, "before")
+		voter := h.Add()
+		learner := h.startNew()
+		h.lead("AddLearner", func(ctx context.Context, s *Server) error {
+			return s.AddLearner(ctx, Member{ID: NodeID(fmt.Sprint(learner)), Addr: harnessAddr(learner)})
+		})
+		h.Remove(0)
+		h.CrashPeer(0)
+		h.settled(t, "changed")
+		dir := h.directory(1, NodeID(fmt.Sprint(voter)))
+		for i := 1; i < len(h.nodes); i++ {
+			h.CrashPeer(i)
+		}
+		for i := 1; i < len(h.nodes); i++ {
+			h.RestartPeer(i)
+		}
+		h.settled(t, "after")
+		for i := 1; i < len(h.nodes); i++ {
+			if got := fmt.Sprint(h.Server(i).Status().Members); got != "[{1 node1:1 false} {2 node2:1 false} {3 node3:1 false} {4 node4:1 true}]" {
+				t.Errorf("node %d restarts with members %s", i, got)
+			}
+			if got := h.directory(i, NodeID(fmt.Sprint(voter))); got != dir || dir == ([16]byte{}) {
+				t.Errorf("node %d knows the added voter with directory %x, before it was %x", i, got, dir)
+			}
+		}
+	})
+}
+
+// A node that was removed while it was cut off campaigns without asking first.
+// Its term grows and grows; when it is back, it deposes nobody, raises nobody's
+// term, and is told to stop.
+func TestScenario_RemovedNodeWithInflatedTerm(t *testing.T) {
+	virtual(t, 4, func(t *testing.T, h *Harness) {
+		h.settled(t, "before")
+		leader, _ := h.CheckSingleLeader()
+		gone := (leader + 1) % 4
+		h.DisconnectPeer(gone)
+		h.Remove(gone)
+		time.Sleep(time.Minute) // virtual
+		leader, term := h.CheckSingleLeader()
+		if st := h.Server(gone).Status(); st.Term < term+50 {
+			t.Fatalf("the removed node is in term %d, the leader in term %d: it did not campaign", st.Term, term)
+		}
+		h.ReconnectPeer(gone)
+		if !h.eventually(func() bool {
+			for e := range h.Server(gone).Events(expired()) {
+				if e.Kind == EventRemoved {
+					return true
+				}
+			}
+			return false
+		}) {
+			t.Fatal("the removed node is not told")
+		}
+		inflated := h.Server(gone).Status().Term
+		time.Sleep(10 * time.Second) // virtual
+		if st := h.Server(leader).Status(); st.Role != Leader || st.Term != term {
+			t.Errorf("the leader of term %d is a %v of term %d", term, st.Role, st.Term)
+		}
+		if now := h.Server(gone).Status().Term; now != inflated {
+			t.Errorf("the removed node went on from term %d to %d after it was told", inflated, now)
+		}
+		h.CrashPeer(gone)
+		h.settled(t, "after")
+	}, WithConfig(func(_ int, c *Config) { c.DisablePreVote = true }))
+}
+
+// A node joins with nothing but an address of its own, over TCP; later it moves
+// to another port, and the others are told with ChangeMembers.
+func TestMemberJoinsAndMoves(t *testing.T) {
+	defer leaktest.CheckTimeout(t, 5*time.Second)()
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	listen := func() net.Listener {
+		l, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		return l
+	}
+	start := func(id NodeID, storage Storage, bootstrap []Member, l net.Listener) *Server {
+		s, err := Start(ctx, Config{ID: id, ClusterID: "moving", StateMachine: &registersMachine{}, Storage: storage, Bootstrap: bootstrap, Listener: l,
+			HeartbeatInterval: 100 * time.Millisecond, ElectionTimeout: 500 * time.Millisecond, Logger: slog.New(slog.DiscardHandler)})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return s
+	}
+	var founders []Member
+	var listeners []net.Listener
+	for i := range 3 {
+		l := listen()
+		listeners = append(listeners, l)
+		founders = append(founders, Member{ID: NodeID(fmt.Sprint(i)), Addr: l.Addr().String()})
+	}
+	var servers []*Server
+	for i := range 3 {
+		servers = append(servers, start(NodeID(fmt.Sprint(i)), NewMemoryStorage(), founders, listeners[i]))
+		defer servers[i].Close()
+	}
+	// onLeader has whoever leads do it, as often as leadership moves meanwhile.
+	onLeader := func(do func(s *Server) error) {
+		t.Helper()
+		for {
+			for _, s := range servers {
+				err := do(s)
+				var m *MembershipError
+				if err == nil {
+					return
+				}
+				if !errors.As(err, &m) || m.Reason != MembershipNotLeader && m.Reason != MembershipTooEarly && m.Reason != MembershipPending && m.Reason != MembershipQuorum {
+					t.Fatal(err)
+				}
+			}
+			pause, done := context.WithTimeout(ctx, 50*time.Millisecond)
+			<-pause.Done()
+			done()
+		}
+	}
+	disk := NewMemoryStorage()
+	joining := start("3", disk, nil, listen())
+	onLeader(func(s *Server) error { return s.AddVoter(ctx, Member{ID: "3", Addr: joining.Status().Addr}) })
+	if _, err := joining.Propose(ctx, simCommand(1, 0, true, 0)); err != nil {
+		t.Fatalf("a command on the node that joined: %v", err)
+	}
+	if err := joining.Close(); err != nil {
+		t.Fatal(err)
+	}
+	moved := start("3", disk, nil, listen())
+	defer moved.Close()
+	where := moved.Status().Addr
+	onLeader(func(s *Server) error {
+		list := s.Status().Members
+		for i := range list {
+			if list[i].ID == "3" {
+				list[i].Addr = where
+			}
+		}
+		return s.ChangeMembers(ctx, list)
+	})
+	r, err := servers[0].Propose(ctx, simCommand(2, 0, true, 0))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := moved.WaitApplied(ctx, r.Index); err != nil {
+		t.Errorf("the node that moved does not hear of entry %d: %v", r.Index, err)
 	}
 }
