@@ -654,25 +654,7 @@ func TestMemberJoinsAndMoves(t *testing.T) {
 		servers = append(servers, start(NodeID(fmt.Sprint(i)), NewMemoryStorage(), founders, listeners[i]))
 		defer servers[i].Close()
 	}
-	// onLeader has whoever leads do it, as often as leadership moves meanwhile.
-	onLeader := func(do func(s *Server) error) {
-		t.Helper()
-		for {
-			for _, s := range servers {
-				err := do(s)
-				var m *MembershipError
-				if err == nil {
-					return
-				}
-				if !errors.As(err, &m) || m.Reason != MembershipNotLeader && m.Reason != MembershipTooEarly && m.Reason != MembershipPending && m.Reason != MembershipQuorum {
-					t.Fatal(err)
-				}
-			}
-			pause, done := context.WithTimeout(ctx, 50*time.Millisecond)
-			<-pause.Done()
-			done()
-		}
-	}
+	onLeader := func(do func(s *Server) error) { t.Helper(); askLeader(t, ctx, servers, do) }
 	disk := NewMemoryStorage()
 	joining := start("3", disk, nil, listen())
 	onLeader(func(s *Server) error { return s.AddVoter(ctx, Member{ID: "3", Addr: joining.Status().Addr}) })
@@ -700,5 +682,25 @@ func TestMemberJoinsAndMoves(t *testing.T) {
 	}
 	if err := moved.WaitApplied(ctx, r.Index); err != nil {
 		t.Errorf("the node that moved does not hear of entry %d: %v", r.Index, err)
+	}
+}
+
+// askLeader has whoever leads do it, as often as leadership moves meanwhile.
+func askLeader(t *testing.T, ctx context.Context, servers []*Server, do func(s *Server) error) {
+	t.Helper()
+	for {
+		for _, s := range servers {
+			err := do(s)
+			var m *MembershipError
+			if err == nil {
+				return
+			}
+			if !errors.As(err, &m) || m.Reason != MembershipNotLeader && m.Reason != MembershipTooEarly && m.Reason != MembershipPending && m.Reason != MembershipQuorum {
+				t.Fatal(err)
+			}
+		}
+		pause, done := context.WithTimeout(ctx, 50*time.Millisecond)
+		<-pause.Done()
+		done()
 	}
 }
