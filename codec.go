@@ -31,6 +31,7 @@ const (
 	methodAppendEntries methodID = 2
 	methodForward       methodID = 3
 	methodSnapshot      methodID = 4
+	methodReadIndex     methodID = 5
 )
 
 // name returns net/rpc's name of the method, "" for an unknown one. The
@@ -45,6 +46,8 @@ func (m methodID) name() string {
 		return serviceName + ".Forward"
 	case methodSnapshot:
 		return serviceName + ".InstallSnapshot"
+	case methodReadIndex:
+		return serviceName + ".ReadIndex"
 	}
 	return ""
 }
@@ -493,6 +496,8 @@ func (c *serverCodec) ReadRequestBody(body any) error {
 		b.req, v = from, &b.V
 	case *call[snapshotArgs]:
 		b.req, v = from, &b.V
+	case *call[readArgs]:
+		b.req, v = from, &b.V
 	case nil: // net/rpc has given the request up
 		c.body = nil
 		return nil
@@ -542,6 +547,10 @@ func (c *serverCodec) WriteResponse(resp *rpc.Response, body any) error {
 			return c.WriteDeferred(resp.Seq, &b.V)
 		}
 	case *call[snapshotReply]:
+		if !b.deferred {
+			return c.WriteDeferred(resp.Seq, &b.V)
+		}
+	case *call[readReply]:
 		if !b.deferred {
 			return c.WriteDeferred(resp.Seq, &b.V)
 		}
@@ -612,6 +621,8 @@ func (c *clientCodec) WriteRequest(req *rpc.Request, args any) error {
 		v, sealed, size = &a.V, a.V.Entries, appendArgsBytes+a.V.size()
 	case *call[forwardArgs]:
 		v, unsealed, size = &a.V, a.V.Encoded, forwardArgsBytes+len(a.V.Encoded)
+	case *call[readArgs]:
+		v = &a.V
 	case *call[snapshotArgs]:
 		v, unsealed, size = &a.V, a.V.Data, snapshotArgsBytes+len(a.V.Meta.Config)+len(a.V.Data)
 	case nil: // rpcClient's sentinel: it is never sent
@@ -655,6 +666,8 @@ func (c *clientCodec) ReadResponseBody(reply any) error {
 	case *call[forwardReply]:
 		v = &r.V
 	case *call[snapshotReply]:
+		v = &r.V
+	case *call[readReply]:
 		v = &r.V
 	case nil: // an error, or nobody waits for it any more
 		return nil
@@ -751,6 +764,8 @@ func (*appendReply) method() methodID   { return methodAppendEntries }
 func (*forwardArgs) method() methodID   { return methodForward }
 func (*forwardReply) method() methodID  { return methodForward }
 func (*snapshotArgs) method() methodID  { return methodSnapshot }
+func (*readArgs) method() methodID      { return methodReadIndex }
+func (*readReply) method() methodID     { return methodReadIndex }
 func (*snapshotReply) method() methodID { return methodSnapshot }
 
 const (
@@ -910,6 +925,25 @@ func (v *snapshotReply) decode(b []byte) error {
 	r := reader{b: b}
 	v.Term, v.Offset = Term(r.uint64()), r.uint64()
 	v.Done = r.flags(1) != 0
+	return r.finish()
+}
+
+func (a *readArgs) encode(b []byte) []byte { return appendUint64s(b, uint64(a.From)) }
+
+func (a *readArgs) decode(b []byte) error {
+	r := reader{b: b}
+	a.From = memberID(r.uint64())
+	return r.finish()
+}
+
+func (v *readReply) encode(b []byte) []byte {
+	return append(appendUint64s(b, uint64(v.Index)), flag(v.Refused, 1))
+}
+
+func (v *readReply) decode(b []byte) error {
+	r := reader{b: b}
+	v.Index = Index(r.uint64())
+	v.Refused = r.flags(1) != 0
 	return r.finish()
 }
 

@@ -907,12 +907,12 @@ func TestCloseLeavesNoGoroutine(t *testing.T) {
 // TestNamesAreConstants: naming a method allocates nothing, and net/rpc finds
 // each under that name.
 func TestNamesAreConstants(t *testing.T) {
-	for m := methodRequestVote; m <= methodSnapshot; m++ {
+	for m := methodRequestVote; m <= methodReadIndex; m++ {
 		if n := testing.AllocsPerRun(10, func() { sink = m.name() }); n != 0 || sink == "" {
 			t.Errorf("naming method %d (%q) allocates %v times", m, sink, n)
 		}
 	}
-	if (methodSnapshot+1).name() != "" || methodID(0).name() != "" {
+	if (methodReadIndex+1).name() != "" || methodID(0).name() != "" {
 		t.Error("an unknown method has a name")
 	}
 }

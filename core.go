@@ -46,6 +46,7 @@ type core struct {
 	progress        []*progress // of every other member, by ascending ID
 	appendSeq       uint64
 	transfer        transfer
+	reads           reads
 	heartbeatLast   Index // end of the log at the heartbeat before the last
 	lastHeartbeat   Index // and at the last
 	firstOfTerm     Index // the no-op that this leader appended at its election
@@ -100,6 +101,7 @@ type effects struct {
 	hangups   []memberID     // close the append connection to these
 	reads     []entryRequest // entries that are on disk only
 	snapshots []snapshotRequest
+	answers   []readAnswer // to reads
 	events    []Event
 }
 
@@ -172,6 +174,9 @@ func (c *core) finish() effects {
 	}
 	if c.role == Leader {
 		c.continueTransfer()
+	}
+	c.continueReads()
+	if c.role == Leader {
 		c.sendAppends()
 	}
 	c.pruneConfigurations()

@@ -47,6 +47,7 @@ majority of its nodes lives.
   - An error of a proposal is a rejection, after which the command never
     commits, or matches [ErrOutcomeUnknown]. Where nobody can tell, it is
     unknown.
+  - Reading the state machine after [Server.ReadIndex] is linearizable.
   - At most one node leads a term. Terms are fencing tokens.
   - A data directory that is damaged, of another node, or of a newer format is
     refused with a [CorruptError] or [IdentityError]; nothing in it is changed.
@@ -58,8 +59,8 @@ majority of its nodes lives.
 
   - A command proposed again after an unknown outcome may be applied twice:
     exactly-once sessions are not there yet. Make commands idempotent.
-  - Reading the state machine directly may return old data, on the leader too:
-    there is no ReadIndex yet. Propose the read as a command to be sure.
+  - Reading the state machine directly may return old data, on the leader too.
+    Call [Server.ReadIndex] first.
   - Nodes are trusted: a node that lies, or a disk that says it has synced what
     it has not, breaks every promise. So do two copies of one data directory
     that run at once, and a directory that was set back to an older state;

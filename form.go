@@ -161,7 +161,7 @@ func (s *Server) codecLimits(ch channel) codecLimits {
 		idleTimeout:  inboundIdleTimeout,
 	}
 	switch ch {
-	case channelControl:
+	case channelControl, channelRead:
 		l.readBuffer = 4 << 10
 	case channelSnapshot:
 		l.maxBody = snapshotBlockBytes + maxSnapshotMetaBytes

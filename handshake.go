@@ -150,6 +150,7 @@ const (
 	channelAppend    channel = 2
 	channelFormation channel = 3
 	channelSnapshot  channel = 4
+	channelRead      channel = 5
 )
 
 func (c channel) String() string {
@@ -162,6 +163,8 @@ func (c channel) String() string {
 		return "formation"
 	case channelSnapshot:
 		return "snapshot"
+	case channelRead:
+		return "read"
 	}
 	return fmt.Sprintf("channel %d", byte(c))
 }
@@ -476,7 +479,7 @@ func (me *identity) check(h hello, known [16]byte) *refusal {
 		return nil
 	case h.Role != rolePeer:
 		return no(HandshakeRoleRefused, "role %d is not served by this release", h.Role)
-	case h.Channel < channelControl || h.Channel > channelSnapshot:
+	case h.Channel < channelControl || h.Channel > channelRead:
 		return no(HandshakeRoleRefused, "%v is not served by this release", h.Channel)
 	case h.From == "":
 		return no(HandshakeMalformed, "a node must give its ID")

@@ -33,6 +33,7 @@ type outgoing struct {
 	m     message
 	batch proposalBatch
 	read  *entryRequest
+	ask   bool // the leader, for the index of reads
 }
 
 const (
@@ -187,6 +188,8 @@ func (o *linkOwner) issue(out outgoing) {
 		o.client.Go(methodAppendEntries, &call[appendArgs]{V: *out.m.append}, &call[appendReply]{}, o.answers)
 	case out.m.vote != nil:
 		o.client.Go(methodRequestVote, &call[voteArgs]{V: *out.m.vote}, &call[voteReply]{}, o.answers)
+	case out.ask:
+		o.client.Go(methodReadIndex, &call[readArgs]{V: readArgs{From: o.server.selfID()}}, &call[readReply]{}, o.answers)
 	default:
 		args := forwardArgs{From: o.server.selfID(), Count: len(out.batch.proposals), Encoded: out.batch.entries.buf, batch: out.batch}
 		o.client.Go(methodForward, &call[forwardArgs]{V: args}, &call[forwardReply]{}, o.answers)
@@ -298,6 +301,8 @@ func (s *Server) stepAnswer(c *core, from memberID, directory [16]byte, answer *
 		if answer.Error == nil {
 			c.onVoteReply(from, &args.V, &answer.Reply.(*call[voteReply]).V)
 		}
+	case *call[readArgs]:
+		s.readsAnswered(&answer.Reply.(*call[readReply]).V, answer.Error)
 	case *call[forwardArgs]:
 		s.forwardAnswered(from, args.V.batch, &answer.Reply.(*call[forwardReply]).V, answer.Error)
 	}
@@ -332,6 +337,8 @@ func (s *Server) unsent(to memberID, out outgoing) {
 	switch {
 	case out.m.append != nil:
 		cm.step(func(c *core) { c.onAppendFailed(to, out.m.append) })
+	case out.ask:
+		cm.step(func(*core) { s.readsAnswered(&readReply{Refused: true}, nil) })
 	case out.m.vote == nil:
 		cm.step(func(c *core) {
 			s.forwards[to]--

@@ -38,6 +38,8 @@ type appendArgs struct {
 	Heartbeat bool
 	Campaign  bool      // with Heartbeat: hold an election at once (thesis 3.10, TimeoutNow)
 	Entries   []Entries // runs without a gap from Prev.Index+1 on
+
+	round uint64 // of reads, when this was made; stays with the sender
 }
 
 func (a *appendArgs) lastIndex() Index {

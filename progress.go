@@ -31,6 +31,7 @@ type progress struct {
 	snapshot                   Index  // while snapshotting: the log above it is kept
 
 	lastContact  time.Time // any answer of this term
+	round        uint64    // it has answered what was sent in this round of reads
 	lastProgress time.Time // an append was answered, or the first of a window was sent
 	wanted       Index     // it waits to see this entry committed
 	commitSent   Index     // the highest commit index it was told

@@ -287,6 +287,9 @@ func (cm *ConsensusModule) handOver(out *effects) {
 	for _, q := range out.reads {
 		cm.transport.read(q)
 	}
+	for _, a := range out.answers {
+		a.token.(readAnswerer).answer(a)
+	}
 	for _, q := range out.snapshots {
 		cm.transport.snapshot(q)
 	}

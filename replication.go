@@ -67,11 +67,15 @@ func (c *core) heartbeat() {
 			p.resend(c.appendSeq)
 			c.out.hangups = append(c.out.hangups, p.id)
 		}
-		c.send(message{to: p.id, append: &appendArgs{
-			Term: c.currentTerm, Leader: c.self, Prev: EntryID{p.match, p.matchTerm}, Commit: c.commitIndex, Heartbeat: true,
-		}})
-		p.commitSent = max(p.commitSent, min(c.commitIndex, p.match)) // a follower commits no more than Prev
+		c.sendHeartbeat(p)
 	}
+}
+
+func (c *core) sendHeartbeat(p *progress) {
+	c.send(message{to: p.id, append: &appendArgs{
+		Term: c.currentTerm, Leader: c.self, Prev: EntryID{p.match, p.matchTerm}, Commit: c.commitIndex, Heartbeat: true, round: c.reads.round,
+	}})
+	p.commitSent = max(p.commitSent, min(c.commitIndex, p.match)) // a follower commits no more than Prev
 }
 
 // sendAppends runs at the end of every transition of a leader, so that no rule
@@ -135,7 +139,7 @@ func (c *core) sendEntries(p *progress, entries []Entries) {
 	c.appendSeq++
 	a := &appendArgs{
 		Term: c.currentTerm, Leader: c.self, Seq: c.appendSeq,
-		Prev: EntryID{prev, prevTerm}, Commit: c.commitIndex, Entries: entries,
+		Prev: EntryID{prev, prevTerm}, Commit: c.commitIndex, Entries: entries, round: c.reads.round,
 	}
 	p.sent(sentAppend{a.Seq, p.next, a.size()}, c.now)
 	p.next = a.lastIndex() + 1
@@ -243,6 +247,8 @@ func (c *core) onAppendReply(from memberID, a *appendArgs, r *appendReply) {
 		return // another disk under this name: what it has is not what was counted
 	}
 	p.lastContact = c.now
+	p.round = max(p.round, a.round)
+	c.confirmReads()
 	p.paused = false
 	p.wanted = max(p.wanted, r.Wanted)
 	switch {

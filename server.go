@@ -36,7 +36,8 @@ type Server struct {
 	links     map[linkKey]*link
 	forwards  map[memberID]int // unanswered batches of proposals
 	formation *formation       // while forming
-	boots     bootMemory       // of peers
+	remote    remoteReads
+	boots     bootMemory // of peers
 
 	mu     sync.Mutex        // the innermost lock
 	conns  map[net.Conn]bool // true: it has said who it is, or was dialled
