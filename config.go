@@ -128,6 +128,7 @@ type Config struct {
 	versions       wireVersions  // of the wire; tests mix releases by it
 	unstableTiming bool          // the harness runs timing that no service should
 	closeGrace     time.Duration // how long Close waits for what it can't interrupt
+	history        *history      // the harness's, nil elsewhere
 }
 
 const maxCommandBytesLimit = 64 << 20

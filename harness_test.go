@@ -168,6 +168,56 @@ func TestHarnessChecksFail(t *testing.T) {
 			h.CheckSingleLeader()
 			h.nodes[0].disk.boot.Create("data/stray")
 		}, "node 0 left 1 files or locks open"},
+		{"a result that the log does not explain", 1, func(h *Harness) {
+			h.CheckSingleLeader()
+			p := h.Server(0).Submit(cmd(1))
+			p.Wait(context.Background())
+			p.result.Data = []byte("made up")
+			h.CheckLinearizable()
+		}, `had the result "made up" on node 0, and "command 1" when the log was applied again`},
+		{"an answer with another command's index", 1, func(h *Harness) {
+			h.CheckSingleLeader()
+			p, q := h.Server(0).Submit(cmd(1)), h.Server(0).Submit(cmd(2))
+			p.Wait(context.Background())
+			q.Wait(context.Background())
+			p.result.Index = q.result.Index
+			h.CheckLinearizable()
+		}, "where another command was applied, or none"},
+		{"two answers with one index", 1, func(h *Harness) {
+			h.CheckSingleLeader()
+			p, q := h.Server(0).Submit(cmd(1)), h.Server(0).Submit(cmd(1))
+			p.Wait(context.Background())
+			q.Wait(context.Background())
+			q.result.Index = p.result.Index
+			h.CheckLinearizable()
+		}, "answered two proposals"},
+		{"an answer out of real-time order", 1, func(h *Harness) {
+			h.CheckSingleLeader()
+			p := h.Server(0).Submit(cmd(1))
+			p.Wait(context.Background())
+			h.history.newest = 1000
+			h.Server(0).Submit(cmd(2)).Wait(context.Background())
+			h.CheckLinearizable()
+		}, "index 1000 was answered before it was proposed"},
+		{"a rejected command that commits", 1, func(h *Harness) {
+			h.CheckSingleLeader()
+			p := h.Server(0).Submit(cmd(1))
+			p.Wait(context.Background())
+			p.err = ErrOverloaded
+			h.CheckLinearizable()
+		}, "1 were rejected, which never are"},
+		{"a stale ReadIndex", 1, func(h *Harness) {
+			h.CheckSingleLeader()
+			floor := h.history.readBegins()
+			h.history.readAllowed("0", floor+5, floor+4)
+			h.CheckLinearizable()
+		}, "does not include what was answered before it began"},
+		{"a read that the log does not explain", 1, func(h *Harness) {
+			h.CheckSingleLeader()
+			n := 0
+			h.Read(0, func(StateMachine) []byte { n++; return fmt.Append(nil, n) })
+			h.CheckLinearizable()
+		}, `returned "1", and "2" when the log was applied again`},
 		{"a node that does not exist", 1, func(h *Harness) { h.Server(3) }, "there is no node 3"},
 		{"crash a crashed node", 1, func(h *Harness) { h.CrashPeer(0); h.CrashPeer(0) }, "node 0 does not run"},
 		{"restart a running node", 1, func(h *Harness) { h.RestartPeer(0) }, "node 0 runs"},

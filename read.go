@@ -49,13 +49,21 @@ func (r *remoteReads) answer(a readAnswer) {
 // as of which the state was read, or a later one. The error is ctx's, matches
 // ErrNoLeader (with ctx's) if no leader could be asked, or ErrStopped.
 func (s *Server) ReadIndex(ctx context.Context) (Index, error) {
+	h := s.conf.history
+	floor := Index(0)
+	if h != nil {
+		floor = h.readBegins()
+	}
 	for {
 		index, ok, err := s.askReadIndex(ctx)
-		if err != nil {
-			return 0, err
-		}
 		if ok {
-			return index, s.WaitApplied(ctx, index)
+			err = s.WaitApplied(ctx, index)
+		}
+		if ok && err == nil && h != nil {
+			h.readAllowed(s.conf.ID, floor, index)
+		}
+		if ok || err != nil {
+			return index, err
 		}
 	}
 }

@@ -262,6 +262,9 @@ func (s *Server) Submit(cmd []byte) *Proposal {
 		p.finish(fmt.Errorf("%w: %d bytes, want 1 to %d (Config.MaxCommandBytes)", ErrCommandSize, len(cmd), s.conf.MaxCommandBytes))
 		return p
 	}
+	if s.conf.history != nil {
+		s.conf.history.submitted(s.conf.ID, cmd, p)
+	}
 	if err := s.cm.queue.add(cmd, p); err != nil {
 		p.finish(err)
 		return p

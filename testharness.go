@@ -60,6 +60,7 @@ type Harness struct {
 	mu      sync.Mutex
 	servers []*Server       // all that were ever started, for the watchdog
 	applied map[Index]Entry // by any node, ever
+	history history
 	drops   []callDrops
 	lossy   map[[2]int]bool // connections between these swallow what is written
 	loss    float64         // of writes, chosen by dice
@@ -197,7 +198,7 @@ func (h *Harness) config(i int) (Config, error) {
 		ID: NodeID(strconv.Itoa(i)), ClusterID: "harness", StateMachine: node.machine.shape(),
 		HeartbeatInterval: 50 * time.Millisecond, ElectionTimeout: 150 * time.Millisecond,
 		DialContext: h.net.dialer(i), Logger: h.log.logger(strconv.Itoa(i)),
-		MaxSegmentBytes: 4 << 20, unstableTiming: true,
+		MaxSegmentBytes: 4 << 20, unstableTiming: true, history: &h.history,
 	}
 	if !h.options.tcp {
 		c.closeGrace = 100 * time.Millisecond

@@ -674,7 +674,11 @@ func (m *harnessMachine) find(cmd []byte) (Index, bool) {
 func (m *harnessMachine) read(f func(StateMachine) []byte) []byte {
 	m.turn <- struct{}{}
 	defer func() { <-m.turn }()
-	return f(m.user)
+	result := f(m.user)
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.h.history.read(historyRead{m.node, m.last, f, bytes.Clone(result)})
+	return result
 }
 
 // harnessLog writes one line per event to the test's output.
