@@ -1,13 +1,17 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	"net"
 	"net/http"
+	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"time"
 
@@ -17,6 +21,14 @@ import (
 const (
 	clusterID      = "kv"
 	requestTimeout = 5 * time.Second // outlasts an election
+
+	// Snapshots that a service takes once in 64 MiB would never be seen here:
+	// this takes them often, and keeps of the log about what the page shows of
+	// it, so that a node that is added is sent a snapshot, slowly enough to look
+	// at. A service leaves all three at their defaults.
+	snapshotEvery     = 1 << 20
+	keepLog           = 1 << 10
+	snapshotPerSecond = 4 << 20
 )
 
 // Node is one member of the cluster: the Raft server with its state machine,
@@ -24,7 +36,8 @@ const (
 type Node struct {
 	ID      raft.NodeID
 	Dir     string
-	Members []raft.Member // all founders, this node included
+	Members []raft.Member // all founders, this node included; none for a node that is added later
+	Addr    string        // where the others reach it; "" until listen: the same as Listen
 	Listen  string        // Raft's host:port; port 0 becomes a free one in listen, and stays
 	HTTP    string        // likewise for clients
 	Timeout time.Duration // of a request
@@ -41,12 +54,14 @@ type Node struct {
 	store      *Store
 	http       *http.Server
 	running    bool
+	removed    bool // it is no member any more, and its directory is put aside
 	goroutines sync.WaitGroup
 }
 
 var (
 	errRunning = errors.New("the node is running")
 	errStopped = errors.New("the node is not running")
+	errRemoved = errors.New("the node was removed from the cluster: add it again, as a voter or as a learner")
 )
 
 // listen opens both ports and settles their numbers.
@@ -68,6 +83,7 @@ func (n *Node) listenLocked() (err error) {
 		return fmt.Errorf("node %s can't listen for clients: %w\nIs another copy running? Stop it, or use other ports", n.ID, err)
 	}
 	n.Listen, n.HTTP = n.raftL.Addr().String(), n.httpL.Addr().String()
+	n.Addr = cmp.Or(n.Addr, n.Listen)
 	return nil
 }
 
@@ -84,6 +100,9 @@ func (n *Node) closeListeners() {
 func (n *Node) Start(ctx context.Context) error {
 	n.mu.Lock()
 	defer n.mu.Unlock()
+	if n.removed {
+		return errRemoved
+	}
 	if n.running {
 		if n.server.Err() == nil {
 			return errRunning
@@ -98,9 +117,10 @@ func (n *Node) Start(ctx context.Context) error {
 		ID: n.ID, ClusterID: clusterID, StateMachine: store, Dir: n.Dir, Bootstrap: n.Members,
 		Listener: &gatedListener{n.raftL, n.gate}, DialContext: n.gate.dial,
 		MaxCommandBytes: maxCommandBytes, Logger: n.Logger,
+		SnapshotEveryBytes: snapshotEvery, KeepLogBytes: keepLog, MaxSnapshotBytesPerSecond: snapshotPerSecond,
 	})
 	if err == nil {
-		if err = sameMembers(n.Dir, n.Members, server.Status().Members); err != nil {
+		if err = n.sameAddress(server.Status().Members); err != nil {
 			server.Close()
 		}
 	}
@@ -117,17 +137,13 @@ func (n *Node) Start(ctx context.Context) error {
 	return nil
 }
 
-// sameMembers refuses addresses that the directory's cluster does not know:
-// its other members would never find this node. A node that has not formed a
-// cluster yet has no members.
-func sameMembers(dir string, want, have []raft.Member) error {
-	addrs := map[raft.NodeID]string{}
-	for _, m := range want {
-		addrs[m.ID] = m.Addr
-	}
-	for _, m := range have {
-		if addrs[m.ID] != m.Addr {
-			return fmt.Errorf("%s belongs to a cluster in which node %s is at %s, not at %q: start it with the same ports as before, or with another directory", dir, m.ID, m.Addr, addrs[m.ID])
+// sameAddress refuses to run at another address than the one that the members
+// of the directory's cluster know: they would never find this node. A node that
+// belongs to no cluster yet has no members.
+func (n *Node) sameAddress(members []raft.Member) error {
+	for _, m := range members {
+		if m.ID == n.ID && m.Addr != n.Addr {
+			return fmt.Errorf("%s belongs to a cluster in which node %s is at %s, not at %s: start it with the same ports as before, or with another directory", n.Dir, m.ID, m.Addr, n.Addr)
 		}
 	}
 	return nil
@@ -205,44 +221,114 @@ func (n *Node) propose(ctx context.Context, cmd []byte) (raft.Result, error) {
 
 // Cluster is all nodes of this process.
 type Cluster struct {
-	Nodes []*Node
-	Feed  *Feed
+	Feed *Feed
+
+	dir       string // the nodes' directories are below it
+	firstPort int    // see ports; 0: any
+	logger    *slog.Logger
+
+	mu    sync.Mutex
+	nodes []*Node // by ID; those that were removed too
+
+	changing sync.Mutex // one change of the membership at a time
+	ctx      context.Context
+	cancel   context.CancelFunc // ends what the page's buttons began
+	timeout  time.Duration      // of each of that
 }
 
-// newCluster prepares nodes a, b and c with directories below dir. ports are
-// the first of their HTTP ports and the first of their Raft ports; 0: free ones.
-func newCluster(dir string, httpPort, raftPort int, logger *slog.Logger) (*Cluster, error) {
-	c := &Cluster{Feed: newFeed()}
-	port := func(first, i int) string {
-		if first == 0 {
-			return "127.0.0.1:0"
+// newCluster prepares the nodes whose directories are below dir, at least a, b
+// and c, which found the cluster. firstPort is the first of their ports; 0: free
+// ones.
+func newCluster(dir string, firstPort int, logger *slog.Logger) (*Cluster, error) {
+	c := &Cluster{Feed: newFeed(), dir: dir, firstPort: firstPort, logger: logger, timeout: actionTimeout}
+	c.ctx, c.cancel = context.WithCancel(context.Background())
+	var founders []raft.Member
+	for i := range maxNodes {
+		n := c.newNode(i)
+		there, err := exists(n.Dir)
+		if err == nil && !there {
+			n.removed, err = exists(n.asideDir())
 		}
-		return fmt.Sprintf("127.0.0.1:%d", first+i)
-	}
-	var members []raft.Member
-	for i, id := range []raft.NodeID{"a", "b", "c"} {
-		n := &Node{
-			ID: id, Dir: filepath.Join(dir, string(id)), Listen: port(raftPort, i), HTTP: port(httpPort, i),
-			Timeout: requestTimeout, Logger: logger, Feed: c.Feed, gate: newGate(),
+		if err == nil && !there && !n.removed && i >= founderCount {
+			continue
 		}
-		n.Handler = func(n *Node) http.Handler { return newPage(c.Nodes, c.Feed, n, true) }
-		c.Nodes = append(c.Nodes, n)
-		if err := n.listen(); err != nil {
+		if err == nil && !n.removed {
+			err = n.listen()
+		}
+		if err != nil {
 			c.Stop()
 			return nil, err
 		}
-		members = append(members, raft.Member{ID: id, Addr: n.Listen})
+		c.nodes = append(c.nodes, n)
+		if i < founderCount {
+			founders = append(founders, raft.Member{ID: n.ID, Addr: n.Addr})
+		}
 	}
-	for _, n := range c.Nodes {
-		n.Members = members
+	for _, n := range c.nodes[:founderCount] {
+		if n.removed {
+			return c, nil // the cluster was founded long ago
+		}
+	}
+	for _, n := range c.nodes[:founderCount] {
+		n.Members = founders
 	}
 	return c, nil
 }
 
-// Start starts all nodes, or none.
+// newNode returns the i-th node that this process may run.
+func (c *Cluster) newNode(i int) *Node {
+	id := raft.NodeID(rune('a' + i))
+	clients, peers := ports(c.firstPort, i)
+	return &Node{
+		ID: id, Dir: filepath.Join(c.dir, string(id)), Listen: peers, HTTP: clients,
+		Timeout: requestTimeout, Logger: c.logger, Feed: c.Feed, gate: newGate(),
+		Handler: func(n *Node) http.Handler { return newPage(c, n, true) },
+	}
+}
+
+// ports returns the addresses of the i-th node: the founders' client ports come
+// first, then their Raft ports, then two for each node that is added.
+func ports(first, i int) (clients, peers string) {
+	h, r := first+i, first+founderCount+i
+	switch {
+	case first == 0:
+		h, r = 0, 0
+	case i >= founderCount:
+		h = first + 2*i
+		r = h + 1
+	}
+	return fmt.Sprintf("127.0.0.1:%d", h), fmt.Sprintf("127.0.0.1:%d", r)
+}
+
+func exists(path string) (bool, error) {
+	_, err := os.Stat(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return false, nil
+	}
+	return err == nil, err
+}
+
+// Nodes returns all nodes, ordered by ID.
+func (c *Cluster) Nodes() []*Node {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return slices.Clone(c.nodes)
+}
+
+// node returns the node of that name, nil if there is none.
+func (c *Cluster) node(id string) *Node {
+	for _, n := range c.Nodes() {
+		if string(n.ID) == id {
+			return n
+		}
+	}
+	return nil
+}
+
+// Start starts all nodes but those that were removed, or none.
 func (c *Cluster) Start(ctx context.Context) error {
-	for _, n := range c.Nodes {
-		if err := n.Start(ctx); err != nil {
+	for _, n := range c.Nodes() {
+		if err := n.Start(ctx); err != nil && !errors.Is(err, errRemoved) {
 			c.Stop()
 			return err
 		}
@@ -260,16 +346,20 @@ func (c *Cluster) WaitLeader(ctx context.Context) (*Node, raft.Term, error) {
 		term raft.Term
 		err  error
 	}
-	wins := make(chan won, len(c.Nodes))
-	for _, n := range c.Nodes {
-		server, _, _ := n.current()
+	wins, waiting := make(chan won), 0
+	for _, n := range c.Nodes() {
+		server, _, running := n.current()
+		if !running {
+			continue
+		}
+		waiting++
 		go func() {
 			_, term, err := server.WaitLeadership(ctx)
 			wins <- won{n, term, err}
 		}()
 	}
 	var first won
-	for range c.Nodes { // all, so that no goroutine is left
+	for range waiting { // all, so that no goroutine is left
 		w := <-wins
 		if first.node == nil || first.err != nil && w.err == nil {
 			first = w
@@ -282,11 +372,15 @@ func (c *Cluster) WaitLeader(ctx context.Context) (*Node, raft.Term, error) {
 }
 
 // Stop stops all nodes at once: with none left, there is nobody to hand the
-// leadership to.
+// leadership to. A change of the membership that runs is given up first.
 func (c *Cluster) Stop() error {
-	errs := make([]error, len(c.Nodes))
+	c.cancel()
+	c.changing.Lock()
+	defer c.changing.Unlock()
+	nodes := c.Nodes()
+	errs := make([]error, len(nodes))
 	var all sync.WaitGroup
-	for i, n := range c.Nodes {
+	for i, n := range nodes {
 		all.Go(func() { errs[i] = n.Stop(false) })
 	}
 	all.Wait()

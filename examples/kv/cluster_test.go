@@ -21,8 +21,8 @@ func TestCluster(t *testing.T) {
 }
 
 func everyNode(t *testing.T, c *Cluster, web *client) {
-	for i, n := range c.Nodes {
-		next := c.Nodes[(i+1)%3]
+	for i, n := range c.Nodes() {
+		next := c.Nodes()[(i+1)%3]
 		key := "/kv/every/" + string(n.ID)
 		web.must(t, 404, "GET", n.url()+key, "")
 		put := web.must(t, 201, "PUT", n.url()+key, "from "+string(n.ID))
@@ -42,19 +42,19 @@ func everyNode(t *testing.T, c *Cluster, web *client) {
 		web.must(t, 404, "DELETE", next.url()+key, "")
 	}
 	odd := "/kv/" + url.PathEscape("/../ ?#%\x00é")
-	web.must(t, 201, "PUT", c.Nodes[0].url()+odd, "odd")
-	if get := web.must(t, 200, "GET", c.Nodes[1].url()+odd, ""); get.body != "odd" {
+	web.must(t, 201, "PUT", c.Nodes()[0].url()+odd, "odd")
+	if get := web.must(t, 200, "GET", c.Nodes()[1].url()+odd, ""); get.body != "odd" {
 		t.Errorf("an odd key: %q", get.body)
 	}
-	web.must(t, 413, "PUT", c.Nodes[0].url()+"/kv/large", strings.Repeat("v", maxValueBytes+1))
-	web.must(t, 201, "PUT", c.Nodes[0].url()+"/kv/large", strings.Repeat("v", maxValueBytes))
-	if get := web.must(t, 200, "GET", c.Nodes[2].url()+"/kv/large", ""); len(get.body) != maxValueBytes {
+	web.must(t, 413, "PUT", c.Nodes()[0].url()+"/kv/large", strings.Repeat("v", maxValueBytes+1))
+	web.must(t, 201, "PUT", c.Nodes()[0].url()+"/kv/large", strings.Repeat("v", maxValueBytes))
+	if get := web.must(t, 200, "GET", c.Nodes()[2].url()+"/kv/large", ""); len(get.body) != maxValueBytes {
 		t.Errorf("the largest value came back with %d bytes", len(get.body))
 	}
 }
 
 func compareAndSet(t *testing.T, c *Cluster, web *client) {
-	a, b := c.Nodes[0].url()+"/kv/cas", c.Nodes[1].url()+"/kv/cas"
+	a, b := c.Nodes()[0].url()+"/kv/cas", c.Nodes()[1].url()+"/kv/cas"
 	web.must(t, 412, "PUT", a, "x", "If-Match: *")
 	first := web.must(t, 201, "PUT", a, "1", "If-None-Match: *")
 	if r := web.must(t, 412, "PUT", b, "2", "If-None-Match: *"); r.version() != first.version() {
@@ -73,7 +73,7 @@ func compareAndSet(t *testing.T, c *Cluster, web *client) {
 }
 
 func statusPage(t *testing.T, c *Cluster, web *client) {
-	for _, n := range c.Nodes {
+	for _, n := range c.Nodes() {
 		r := web.must(t, 200, "GET", n.url()+"/", "")
 		if !strings.Contains(r.body, "<title>") || r.header.Get("Content-Security-Policy") == "" {
 			t.Errorf("the page of %s has no title or no policy", n.ID)
@@ -85,9 +85,9 @@ func statusPage(t *testing.T, c *Cluster, web *client) {
 		}
 		web.must(t, 404, "GET", n.url()+"/nonsense", "")
 	}
-	web.must(t, 201, "PUT", c.Nodes[0].url()+"/nodes/b/kv/page", "shown")
+	web.must(t, 201, "PUT", c.Nodes()[0].url()+"/nodes/b/kv/page", "shown")
 	eventually(t, "the status to show one leader and the key", func() bool {
-		s, err := web.status(c.Nodes[1].url())
+		s, err := web.status(c.Nodes()[1].url())
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -106,7 +106,7 @@ func statusPage(t *testing.T, c *Cluster, web *client) {
 }
 
 func buttons(t *testing.T, c *Cluster, web *client) {
-	base := c.Nodes[0].url()
+	base := c.Nodes()[0].url()
 	running := func(id string) bool {
 		s, err := web.status(base)
 		if err != nil {
@@ -121,15 +121,19 @@ func buttons(t *testing.T, c *Cluster, web *client) {
 		return false
 	}
 	web.must(t, 403, "POST", base+"/nodes/c/kill", "", "Origin: http://elsewhere.example")
+	web.must(t, 403, "POST", base+"/nodes", "", "Origin: http://elsewhere.example")
 	web.must(t, 404, "POST", base+"/nodes/d/kill", "")
 	web.must(t, 404, "POST", base+"/nodes/c/explode", "")
 	web.must(t, 409, "POST", base+"/nodes/c/restart", "")
 	web.must(t, 204, "POST", base+"/nodes/c/kill", "")
 	web.must(t, 409, "POST", base+"/nodes/c/kill", "")
+	if s, err := web.status(base); err != nil || s.Nodes[2].Error != "" {
+		t.Errorf("c, which was killed, is shown with error %q (%v)", s.Nodes[2].Error, err)
+	}
 	if running("c") {
 		t.Error("c runs after it was killed")
 	}
-	if _, err := web.try("GET", c.Nodes[2].url()+"/", ""); err == nil {
+	if _, err := web.try("GET", c.Nodes()[2].url()+"/", ""); err == nil {
 		t.Error("the port of a killed node answers")
 	}
 	if r := web.must(t, 503, "PUT", base+"/nodes/c/kv/x", "through a dead node"); r.header.Get("Retry-After") == "" {
@@ -140,7 +144,7 @@ func buttons(t *testing.T, c *Cluster, web *client) {
 		return err == nil && r.code < 300
 	})
 	web.must(t, 204, "POST", base+"/nodes/c/restart", "")
-	if r := web.must(t, 200, "GET", c.Nodes[2].url()+"/kv/while-c-is-dead", ""); r.body != "yes" {
+	if r := web.must(t, 200, "GET", c.Nodes()[2].url()+"/kv/while-c-is-dead", ""); r.body != "yes" {
 		t.Errorf("c answers %q after its restart", r.body)
 	}
 }
@@ -155,9 +159,9 @@ func TestPartitionedLeader(t *testing.T) {
 	var old, other *Node
 	eventually(t, "a leader to take a write while it is cut off", func() bool {
 		old = c.leader(t)
-		other = c.Nodes[0]
+		other = c.Nodes()[0]
 		if other == old {
-			other = c.Nodes[1]
+			other = c.Nodes()[1]
 		}
 		web.must(t, 204, "POST", other.url()+"/nodes/"+string(old.ID)+"/partition", "")
 		r, err := web.try("PUT", old.url()+"/kv/cut", "lost")
@@ -200,7 +204,7 @@ func TestKillLeaderUnderLoad(t *testing.T) {
 	dir, ports := t.TempDir(), freePorts(t, 6)
 	c := startCluster(t, dir, ports, requestTimeout)
 	leader := c.leader(t)
-	urls := []string{c.Nodes[0].url(), c.Nodes[1].url(), c.Nodes[2].url()}
+	urls := []string{c.Nodes()[0].url(), c.Nodes()[1].url(), c.Nodes()[2].url()}
 	l := startLoad(t, urls...)
 	l.waitFor(t, 100)
 	killed := time.Now()

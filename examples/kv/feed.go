@@ -5,6 +5,7 @@ import (
 	"context"
 	"fmt"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -22,13 +23,15 @@ type Feed struct {
 	mu      sync.Mutex
 	records []record
 	spans   map[raft.NodeID][]span
+	members string     // the newest list that any node reported
+	as      raft.Index // of the entry that holds it
 }
 
 // record is one line of the page's list of events.
 type record struct {
 	At    int64       `json:"at"` // milliseconds since 1970
 	Node  raft.NodeID `json:"node"`
-	Kind  string      `json:"kind"` // a role, "act" for what the operator did, "warn", or "info"
+	Kind  string      `json:"kind"` // a role, "act" for what the operator did, "member", "snapshot", "warn", "error" or "info"
 	Text  string      `json:"text"`
 	Times int         `json:"times"` // how often in a row
 }
@@ -69,8 +72,22 @@ func (f *Feed) observe(id raft.NodeID, e raft.Event) {
 	case raft.EventDead:
 		now.Role = raft.Dead.String()
 		kind = now.Role
-	case raft.EventConnection, raft.EventQuorumLost, raft.EventFollowerStarved:
+	case raft.EventConnection, raft.EventQuorumLost, raft.EventSnapshotFailed, raft.EventRemoved:
 		kind = "warn"
+	case raft.EventSnapshotTaken, raft.EventSnapshotInstalled, raft.EventSnapshotProgress, raft.EventFollowerStarved:
+		kind = "snapshot"
+	case raft.EventMembership:
+		kind = "member"
+		e.Detail = withoutAddrs(e.Detail) // the cards have them
+		if e.Index <= f.as {
+			return // every node reports what the first one did
+		}
+		known := f.members
+		if f.members, f.as = e.Detail, e.Index; f.members == known {
+			return // a step on the way
+		}
+	case raft.EventTransfer:
+		kind = "member"
 	case raft.EventApplyFailed, raft.EventFollowerLostData:
 		kind = "error"
 	}
@@ -81,6 +98,25 @@ func (f *Feed) observe(id raft.NodeID, e raft.Event) {
 		text = fmt.Sprintf("(%d events missed) %s", e.Dropped, text)
 	}
 	f.add(record{now.At, id, kind, text, 1})
+}
+
+// withoutAddrs makes "a, b (learner)" of "b=HOST:PORT (learner), a=HOST:PORT".
+func withoutAddrs(members string) string {
+	list := strings.Split(members, ", ")
+	for i, m := range list {
+		id, rest, _ := strings.Cut(m, "=")
+		_, note, _ := strings.Cut(rest, " ")
+		list[i] = strings.TrimSpace(id + " " + note)
+	}
+	slices.Sort(list)
+	return strings.Join(list, ", ")
+}
+
+// acted records what the operator asked of a node.
+func (f *Feed) acted(id raft.NodeID, text string) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.add(record{time.Now().UnixMilli(), id, "act", text, 1})
 }
 
 // partitioned records that the operator cut a node off, or healed the cut.

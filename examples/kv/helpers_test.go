@@ -129,12 +129,12 @@ func (c *client) status(base string) (s pageState, err error) {
 // startCluster runs three nodes in this process until the test ends.
 func startCluster(t *testing.T, dir string, ports int, timeout time.Duration) *Cluster {
 	t.Helper()
-	c, err := newCluster(dir, ports, ports+3, slog.New(slog.DiscardHandler))
+	c, err := newCluster(dir, ports, slog.New(slog.DiscardHandler))
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { c.Stop() })
-	for _, n := range c.Nodes {
+	for _, n := range c.Nodes() {
 		n.Timeout = timeout
 	}
 	if err := c.Start(t.Context()); err != nil {

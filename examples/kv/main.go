@@ -6,8 +6,8 @@
 //	go run ./examples/kv -id a -peers ...  one node of a cluster of processes
 //
 // store.go is the state machine, api.go the service over HTTP, cluster.go
-// starts and stops nodes, network.go partitions them, page.go and page.html are
-// the status page.
+// starts and stops nodes, members.go adds and removes them, network.go
+// partitions them, page.go and page.html are the status page.
 package main
 
 import (
@@ -21,6 +21,7 @@ import (
 	"net/http"
 	"os"
 	"os/signal"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -88,7 +89,7 @@ func parse(args []string, stderr io.Writer) (options, error) {
 		f.PrintDefaults()
 	}
 	f.StringVar(&o.dir, "dir", "", "keep the data in this `directory`")
-	f.IntVar(&o.port, "port", 0, "three nodes: `port` of the page; the nodes take the six after it (default 8700 with -dir, otherwise free ports)")
+	f.IntVar(&o.port, "port", 0, "three nodes: `port` of the page; the nodes, up to seven of them, take the 14 after it (default 8700 with -dir, otherwise free ports)")
 	f.BoolVar(&o.verbose, "v", false, "three nodes: print what Raft does")
 	f.StringVar(&o.id, "id", "", "run one `node`, the one of this name in -peers")
 	f.StringVar(&o.peers, "peers", "", "all nodes of the cluster, this one included, as `NAME=HOST:PORT,...`: where Raft listens; the same on every node")
@@ -119,8 +120,8 @@ func (o *options) check(given map[string]bool) (err error) {
 		if o.port == 0 && o.dir != "" {
 			o.port = 8700
 		}
-		if o.port < 0 || o.port > 65535-6 {
-			return fmt.Errorf("-port %d: want 1 to %d", o.port, 65535-6)
+		if last := 65535 - 2*maxNodes; o.port < 0 || o.port > last {
+			return fmt.Errorf("-port %d: want 1 to %d", o.port, last)
 		}
 		return nil
 	}
@@ -182,16 +183,16 @@ func runDemo(ctx context.Context, o options, logger *slog.Logger, stdout io.Writ
 		kept = "removed at the end"
 		defer func() { err = errors.Join(err, os.RemoveAll(o.dir)) }()
 	}
-	httpPort, raftPort := 0, 0
-	if o.port != 0 {
-		httpPort, raftPort = o.port+1, o.port+4
-	}
 	pageL, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", o.port))
 	if err != nil {
 		return fmt.Errorf("the page can't listen: %w\nIs another copy running? Stop it, or give this one other ports with -port", err)
 	}
 	defer pageL.Close()
-	c, err := newCluster(o.dir, httpPort, raftPort, logger)
+	firstPort := 0
+	if o.port != 0 {
+		firstPort = o.port + 1
+	}
+	c, err := newCluster(o.dir, firstPort, logger)
 	if err != nil {
 		return err
 	}
@@ -200,7 +201,7 @@ func runDemo(ctx context.Context, o options, logger *slog.Logger, stdout io.Writ
 	if err := c.Start(ctx); err != nil {
 		return unlessStopped(ctx, err)
 	}
-	site := newHTTPServer(newPage(c.Nodes, c.Feed, nil, true))
+	site := newHTTPServer(newPage(c, nil, true))
 	served := make(chan struct{})
 	go func() {
 		defer close(served)
@@ -213,12 +214,13 @@ func runDemo(ctx context.Context, o options, logger *slog.Logger, stdout io.Writ
 		return unlessStopped(ctx, fmt.Errorf("no leader: %w", err))
 	}
 	took := time.Since(began)
-	fmt.Fprintf(stdout, "Three nodes run in this process. Data: %s, %s.\n\n", o.dir, kept)
+	running := slices.DeleteFunc(c.Nodes(), func(n *Node) bool { _, _, running := n.current(); return !running })
+	fmt.Fprintf(stdout, "%d nodes run in this process. Data: %s, %s.\n\n", len(running), o.dir, kept)
 	fmt.Fprintf(stdout, "  leader  %s, elected in %.2f s (term %d)\n", leader.ID, took.Seconds(), term)
 	fmt.Fprintf(stdout, "  page    http://%s/\n", pageL.Addr())
-	fmt.Fprintf(stdout, "  write   curl -X PUT http://%s/kv/hello -d world\n", c.Nodes[0].HTTP)
-	fmt.Fprintf(stdout, "  read    curl http://%s/kv/hello\n\n", c.Nodes[1].HTTP)
-	for _, n := range c.Nodes {
+	fmt.Fprintf(stdout, "  write   curl -X PUT http://%s/kv/hello -d world\n", running[0].HTTP)
+	fmt.Fprintf(stdout, "  read    curl http://%s/kv/hello\n\n", running[len(running)-1].HTTP)
+	for _, n := range running {
 		fmt.Fprintf(stdout, "  node %s  clients http://%s  raft %s\n", n.ID, n.HTTP, n.Listen)
 	}
 	fmt.Fprintf(stdout, "\nCtrl-C stops them.\n")
@@ -228,12 +230,18 @@ func runDemo(ctx context.Context, o options, logger *slog.Logger, stdout io.Writ
 
 // runNode runs one node until ctx ends or the node fails.
 func runNode(ctx context.Context, o options, logger *slog.Logger, stdout io.Writer) (err error) {
-	feed := newFeed()
+	c := &Cluster{Feed: newFeed()}
 	n := &Node{
 		ID: raft.NodeID(o.id), Dir: o.dir, Members: o.members, Listen: o.listen, HTTP: o.http,
-		Timeout: requestTimeout, Logger: logger, Feed: feed, gate: newGate(),
+		Timeout: requestTimeout, Logger: logger, Feed: c.Feed, gate: newGate(),
+		Handler: func(n *Node) http.Handler { return newPage(c, n, false) },
 	}
-	n.Handler = func(n *Node) http.Handler { return newPage([]*Node{n}, feed, n, false) }
+	for _, m := range o.members {
+		if m.ID == n.ID {
+			n.Addr = m.Addr
+		}
+	}
+	c.nodes = []*Node{n}
 	began := time.Now()
 	if err := n.Start(ctx); err != nil {
 		return unlessStopped(ctx, err)

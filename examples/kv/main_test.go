@@ -60,24 +60,7 @@ func TestDemoKeepsItsDirectory(t *testing.T) {
 	dir, port := t.TempDir(), freePorts(t, 7)
 	node := fmt.Sprintf("http://127.0.0.1:%d", port+2)
 	demo := func(port int, meanwhile func()) (code int, output string) {
-		ctx, stop := context.WithCancel(t.Context())
-		defer stop()
-		var stdout, stderr syncBuffer
-		ended := make(chan struct{})
-		go func() {
-			defer close(ended)
-			code = run(ctx, []string{"-dir", dir, "-port", fmt.Sprint(port)}, &stdout, &stderr)
-		}()
-		eventually(t, "the demo to be up or to give up", func() bool {
-			return strings.Contains(stdout.String(), "Ctrl-C") || stderr.String() != ""
-		})
-		if meanwhile != nil {
-			meanwhile()
-		}
-		stop()
-		<-ended
-		web.CloseIdleConnections()
-		return code, stdout.String() + stderr.String()
+		return runDemoOn(t, web, dir, port, meanwhile)
 	}
 	code, out := demo(port, func() {
 		web.must(t, 201, "PUT", node+"/kv/kept", "still here")
@@ -96,6 +79,30 @@ func TestDemoKeepsItsDirectory(t *testing.T) {
 			t.Errorf("after a restart: %q", r.body)
 		}
 	})
+}
+
+// runDemoOn runs the program on dir until meanwhile returns, and returns its
+// exit code and what it printed.
+func runDemoOn(t *testing.T, web *client, dir string, port int, meanwhile func()) (code int, output string) {
+	t.Helper()
+	ctx, stop := context.WithCancel(t.Context())
+	defer stop()
+	var stdout, stderr syncBuffer
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		code = run(ctx, []string{"-dir", dir, "-port", fmt.Sprint(port)}, &stdout, &stderr)
+	}()
+	eventually(t, "the demo to be up or to give up", func() bool {
+		return strings.Contains(stdout.String(), "Ctrl-C") || stderr.String() != ""
+	})
+	if meanwhile != nil {
+		meanwhile()
+	}
+	stop()
+	<-ended
+	web.CloseIdleConnections()
+	return code, stdout.String() + stderr.String()
 }
 
 // syncBuffer is a buffer that a test may read while the program writes.

@@ -2,9 +2,11 @@ package main
 
 import (
 	"cmp"
+	"context"
 	_ "embed"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"net/http"
 	"slices"
 	"time"
@@ -27,33 +29,40 @@ const (
 
 // page serves the status page, what it shows, and what its buttons do.
 type page struct {
-	nodes   []*Node // of this process
-	feed    *Feed
+	cluster *Cluster
 	self    *Node // whose port it is; nil on the port of the page alone
 	control bool  // the buttons work
 }
 
 // newPage returns the handler of one port: the page, and the API of self.
-func newPage(nodes []*Node, feed *Feed, self *Node, control bool) http.Handler {
-	p := &page{nodes, feed, self, control}
+func newPage(c *Cluster, self *Node, control bool) http.Handler {
+	p := &page{c, self, control}
 	mux := http.NewServeMux()
 	if self != nil {
 		self.api().register(mux)
 	}
-	for _, n := range nodes {
-		// The page writes through the node of the user's choice, but from its
-		// own origin.
-		sub := http.NewServeMux()
-		n.api().register(sub)
-		prefix := "/nodes/" + string(n.ID)
-		mux.Handle(prefix+"/kv/", http.StripPrefix(prefix, sub))
-	}
+	mux.HandleFunc("/nodes/{id}/kv/", p.through)
 	mux.HandleFunc("GET /{$}", p.html)
 	mux.HandleFunc("GET /status", p.status)
 	if control {
+		mux.HandleFunc("POST /nodes", p.add)
 		mux.HandleFunc("POST /nodes/{id}/{action}", p.act)
 	}
 	return mux
+}
+
+// through is a request through the node of the user's choice: the page may ask
+// its own origin only.
+func (p *page) through(w http.ResponseWriter, r *http.Request) {
+	id := r.PathValue("id")
+	n := p.cluster.node(id)
+	if n == nil {
+		fail(w, http.StatusNotFound, "there is no node %q", id)
+		return
+	}
+	mux := http.NewServeMux()
+	n.api().register(mux)
+	http.StripPrefix("/nodes/"+id, mux).ServeHTTP(w, r)
 }
 
 // api returns the node's API, which follows its restarts.
@@ -82,20 +91,25 @@ type pageState struct {
 
 // nodeState is one node as this process knows it.
 type nodeState struct {
-	ID      raft.NodeID   `json:"id"`
-	Here    bool          `json:"here"` // it runs in this process; otherwise only Role, Leader, Match and Raft are set
-	Running bool          `json:"running"`
-	Cut     bool          `json:"cut"`
-	Role    string        `json:"role"`
-	Term    raft.Term     `json:"term"`
-	Leader  raft.NodeID   `json:"leader"`
-	Last    raft.Index    `json:"last"`
-	Commit  raft.Index    `json:"commit"`
-	Applied raft.Index    `json:"applied"`
-	HTTP    string        `json:"http"`
-	Raft    string        `json:"raft"`
-	Missing []raft.NodeID `json:"missing"`
-	Error   string        `json:"error"`
+	ID       raft.NodeID   `json:"id"`
+	Here     bool          `json:"here"` // it runs in this process; otherwise only Role, Leader, Last and Raft are set
+	Running  bool          `json:"running"`
+	Member   string        `json:"member"` // voter, learner, removed, none; "" if no member is known
+	Cut      bool          `json:"cut"`
+	Role     string        `json:"role"`
+	Term     raft.Term     `json:"term"`
+	Leader   raft.NodeID   `json:"leader"`
+	First    raft.Index    `json:"first"`
+	Last     raft.Index    `json:"last"`
+	Commit   raft.Index    `json:"commit"`
+	Applied  raft.Index    `json:"applied"`
+	Snapshot raft.Index    `json:"snapshot"`
+	Sent     int64         `json:"sent"` // bytes of the snapshot that its leader sends it
+	Size     int64         `json:"size"` // of that snapshot, 0 if it is sent none
+	HTTP     string        `json:"http"`
+	Raft     string        `json:"raft"`
+	Missing  []raft.NodeID `json:"missing"`
+	Error    string        `json:"error"`
 }
 
 func (p *page) status(w http.ResponseWriter, r *http.Request) {
@@ -103,25 +117,32 @@ func (p *page) status(w http.ResponseWriter, r *http.Request) {
 	if p.self != nil {
 		state.Self = p.self.ID
 	}
-	state.Records, state.Spans = p.feed.recent(shownRecords, shownWindow)
+	state.Records, state.Spans = p.cluster.Feed.recent(shownRecords, shownWindow)
 	var source *Store
 	var newest raft.Index
-	for _, n := range p.nodes {
+	var judge raft.Status // of the node that says who is a member
+	for _, n := range p.cluster.Nodes() {
 		server, store, running := n.current()
-		if server == nil {
-			continue
+		var st raft.Status
+		if server != nil {
+			st = server.Status()
 		}
-		st := server.Status()
 		state.Nodes = append(state.Nodes, n.state(st, running))
 		// The keys shown are those of the running node that applied most.
 		if running && (source == nil || st.Applied > newest) {
 			source, newest, state.Source = store, st.Applied, n.ID
+		}
+		if running && knowsBetter(st, judge) {
+			judge = st
 		}
 		if !p.control {
 			state.Nodes = append(state.Nodes, others(st)...)
 		}
 	}
 	slices.SortFunc(state.Nodes, func(a, b nodeState) int { return cmp.Compare(a.ID, b.ID) })
+	for i := range state.Nodes {
+		state.Nodes[i].judge(judge)
+	}
 	if source != nil {
 		state.Keys, state.Total = source.newest(shownKeys)
 	}
@@ -130,17 +151,57 @@ func (p *page) status(w http.ResponseWriter, r *http.Request) {
 	json.NewEncoder(w).Encode(state)
 }
 
+// knowsBetter tells whether a is to be believed rather than b about who is a
+// member: the leader of the highest term is, else who has committed most.
+func knowsBetter(a, b raft.Status) bool {
+	leadsA, leadsB := a.Role == raft.Leader, b.Role == raft.Leader
+	switch {
+	case len(a.Members) == 0 || len(b.Members) == 0:
+		return len(a.Members) > 0
+	case leadsA != leadsB:
+		return leadsA
+	case leadsA:
+		return a.Term > b.Term
+	}
+	return a.Commit > b.Commit
+}
+
 func (n *Node) state(st raft.Status, running bool) nodeState {
+	n.mu.Lock()
+	defer n.mu.Unlock()
 	s := nodeState{
 		ID: n.ID, Here: true, Running: running && st.Role != raft.Dead, Cut: n.gate.isCut(),
 		Role: st.Role.String(), Term: st.Term, Leader: st.Leader,
-		Last: st.Last, Commit: st.Commit, Applied: st.Applied,
+		First: st.First, Last: st.Last, Commit: st.Commit, Applied: st.Applied, Snapshot: st.Snapshot,
 		HTTP: n.HTTP, Raft: n.Listen, Missing: st.Missing,
 	}
-	if st.Err != nil {
+	if n.removed {
+		s.Member = "removed"
+	} else if st.Err != nil && !errors.Is(st.Err, raft.ErrStopped) {
 		s.Error = st.Err.Error()
 	}
 	return s
+}
+
+// judge sets what another node, or this one, says of the node as a member.
+func (s *nodeState) judge(by raft.Status) {
+	if s.Member == "removed" || len(by.Members) == 0 {
+		return
+	}
+	s.Member = "none"
+	for _, m := range by.Members {
+		if m.ID == s.ID {
+			s.Member = "voter"
+			if m.Learner {
+				s.Member = "learner"
+			}
+		}
+	}
+	for _, f := range by.Followers {
+		if f.ID == s.ID {
+			s.Sent, s.Size = f.SnapshotSent, f.SnapshotSize
+		}
+	}
 }
 
 // others is what a node of a cluster of processes knows of the other nodes: who
@@ -168,19 +229,31 @@ func others(st raft.Status) []nodeState {
 	return nodes
 }
 
+// add runs one more node: a voter, or with ?as=learner a learner.
+func (p *page) add(w http.ResponseWriter, r *http.Request) {
+	as := cmp.Or(r.FormValue("as"), "voter")
+	if as != "voter" && as != "learner" {
+		fail(w, http.StatusBadRequest, "a node can't be added as %q: use as=voter or as=learner", as)
+		return
+	}
+	n, err := p.cluster.AddNode(as == "learner")
+	if err != nil {
+		p.refuse(w, err)
+		return
+	}
+	w.WriteHeader(http.StatusCreated)
+	fmt.Fprintf(w, "node %s is a %s, clients at http://%s\n", n.ID, as, n.HTTP)
+}
+
 // act is a press of one of the page's buttons.
 func (p *page) act(w http.ResponseWriter, r *http.Request) {
-	var node *Node
-	for _, n := range p.nodes {
-		if string(n.ID) == r.PathValue("id") {
-			node = n
-		}
-	}
+	node := p.cluster.node(r.PathValue("id"))
 	if node == nil {
 		fail(w, http.StatusNotFound, "there is no node %q", r.PathValue("id"))
 		return
 	}
 	var err error
+	said := ""
 	switch action := r.PathValue("action"); action {
 	case "kill":
 		err = node.Kill()
@@ -190,16 +263,50 @@ func (p *page) act(w http.ResponseWriter, r *http.Request) {
 		node.SetPartitioned(true)
 	case "heal":
 		node.SetPartitioned(false)
+	case "voter", "learner":
+		err = p.cluster.Add(node, action == "learner")
+		said = fmt.Sprintf("node %s is a %s", node.ID, action)
+	case "remove":
+		err = p.cluster.Remove(node)
+		said = fmt.Sprintf("node %s is removed and stopped; its data is in %s", node.ID, node.asideDir())
+	case "lead":
+		err = p.cluster.Lead(node)
+		said = fmt.Sprintf("node %s was handed the leadership", node.ID)
+	case "snapshot":
+		var last raft.Index
+		last, err = p.cluster.TakeSnapshot(node)
+		said = fmt.Sprintf("node %s has a snapshot up to entry %d", node.ID, last)
 	default:
-		fail(w, http.StatusNotFound, "a node can't %q: use kill, restart, partition or heal", action)
+		fail(w, http.StatusNotFound, "a node can't %q: use kill, restart, partition, heal, snapshot, lead, voter, learner or remove", action)
 		return
 	}
 	switch {
-	case errors.Is(err, errRunning), errors.Is(err, errStopped):
-		fail(w, http.StatusConflict, "%v", err)
 	case err != nil:
-		fail(w, http.StatusInternalServerError, "%v", err)
-	default:
+		p.refuse(w, err)
+	case said == "":
 		w.WriteHeader(http.StatusNoContent)
+	default:
+		fmt.Fprintln(w, said)
+	}
+}
+
+// refuse translates the error of a button.
+func (p *page) refuse(w http.ResponseWriter, err error) {
+	var membership *raft.MembershipError
+	var transfer *raft.TransferError
+	switch {
+	case errors.As(err, &transfer) && transfer.Reason == raft.TransferNotVoter:
+		fail(w, http.StatusConflict, "%v\nOnly a voter can lead: make it one first.", err)
+	case errors.As(err, &membership), errors.As(err, &transfer):
+		fail(w, http.StatusConflict, "%v", err)
+	case errors.Is(err, errRunning), errors.Is(err, errStopped), errors.Is(err, errRemoved), errors.Is(err, errBusy), errors.Is(err, errFull):
+		fail(w, http.StatusConflict, "%v", err)
+	case errors.Is(err, context.DeadlineExceeded):
+		fail(w, http.StatusGatewayTimeout, "%v\nIt was not finished within %v, and may be later. Is a majority connected, and the node itself? Look at the page before trying again.", err, p.cluster.timeout)
+	case errors.Is(err, errNoLeader), errors.Is(err, raft.ErrStopped), errors.Is(err, raft.ErrSuperseded):
+		w.Header().Set("Retry-After", "1")
+		fail(w, http.StatusServiceUnavailable, "%v\nTry again.", err)
+	default:
+		fail(w, http.StatusInternalServerError, "%v", err)
 	}
 }

@@ -64,6 +64,20 @@ func TestFeed(t *testing.T) {
 		t.Errorf("%d lines became %d; the newest: %+v", len(before), len(after), after[0])
 	}
 
+	// A change of the membership is told once, by whoever reports it first.
+	members := func(id raft.NodeID, at raft.Index, list string) {
+		f.observe(id, raft.Event{Time: time.Now(), Kind: raft.EventMembership, Index: at, Detail: list})
+	}
+	members("a", 7, "b=h:1, a=h:2, d=h:3 (learner)")
+	members("b", 7, "b=h:1, a=h:2, d=h:3 (learner)")
+	members("a", 8, "b=h:1, a=h:2, d=h:3 (learner)")
+	members("d", 1, "a=h:2, b=h:1")
+	f.observe("a", raft.Event{Time: time.Now(), Kind: raft.EventSnapshotTaken, Index: 8})
+	told, _ := f.recent(3, time.Minute)
+	if want := "members as of entry 7: a, b, d (learner)"; told[0].Kind != "snapshot" || told[1].Kind != "member" || told[1].Text != want || told[2].Kind == "member" {
+		t.Errorf("after a change of the membership and a snapshot: %+v", told)
+	}
+
 	for i := range 10 * maxRecords {
 		f.observe(raft.NodeID(fmt.Sprint(i%3)), raft.Event{Time: time.Now(), Kind: raft.EventVoted, Peer: "a", Term: raft.Term(i)})
 	}
