@@ -197,7 +197,10 @@ func (c *Cluster) Lead(n *Node) error {
 	if err != nil {
 		return err
 	}
-	return leader.TransferLeadership(ctx, n.ID)
+	if err = leader.TransferLeadership(ctx, n.ID); errors.Is(err, raft.ErrStopped) {
+		err = fmt.Errorf("%w: the leader was stopped while it handed over", raft.ErrOutcomeUnknown)
+	}
+	return err
 }
 
 // TakeSnapshot makes a node store a snapshot, and returns up to which entry.

@@ -238,7 +238,7 @@ func (p *page) add(w http.ResponseWriter, r *http.Request) {
 	}
 	n, err := p.cluster.AddNode(as == "learner")
 	if err != nil {
-		p.refuse(w, err)
+		refuseAction(w, err)
 		return
 	}
 	w.WriteHeader(http.StatusCreated)
@@ -282,7 +282,7 @@ func (p *page) act(w http.ResponseWriter, r *http.Request) {
 	}
 	switch {
 	case err != nil:
-		p.refuse(w, err)
+		refuseAction(w, err)
 	case said == "":
 		w.WriteHeader(http.StatusNoContent)
 	default:
@@ -290,22 +290,25 @@ func (p *page) act(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// refuse translates the error of a button.
-func (p *page) refuse(w http.ResponseWriter, err error) {
+// refuseAction translates the error of a button.
+func refuseAction(w http.ResponseWriter, err error) {
 	var membership *raft.MembershipError
 	var transfer *raft.TransferError
+	again := errors.Is(err, errNoLeader) || errors.Is(err, raft.ErrStopped) || errors.Is(err, raft.ErrSuperseded) ||
+		errors.As(err, &membership) && (membership.Reason == raft.MembershipNotLeader || membership.Reason == raft.MembershipTooEarly) ||
+		errors.As(err, &transfer) && transfer.Reason == raft.TransferNotLeader
 	switch {
+	case errors.Is(err, raft.ErrOutcomeUnknown), errors.Is(err, context.DeadlineExceeded):
+		fail(w, http.StatusGatewayTimeout, "%v\nIt may still be done. Is a majority connected, and the node itself? Look at the page before trying again.", err)
+	case again: // the leader is changing
+		w.Header().Set("Retry-After", "1")
+		fail(w, http.StatusServiceUnavailable, "%v\nNothing was changed: try again in a second.", err)
 	case errors.As(err, &transfer) && transfer.Reason == raft.TransferNotVoter:
 		fail(w, http.StatusConflict, "%v\nOnly a voter can lead: make it one first.", err)
 	case errors.As(err, &membership), errors.As(err, &transfer):
 		fail(w, http.StatusConflict, "%v", err)
 	case errors.Is(err, errRunning), errors.Is(err, errStopped), errors.Is(err, errRemoved), errors.Is(err, errBusy), errors.Is(err, errFull):
 		fail(w, http.StatusConflict, "%v", err)
-	case errors.Is(err, context.DeadlineExceeded):
-		fail(w, http.StatusGatewayTimeout, "%v\nIt was not finished within %v, and may be later. Is a majority connected, and the node itself? Look at the page before trying again.", err, p.cluster.timeout)
-	case errors.Is(err, errNoLeader), errors.Is(err, raft.ErrStopped), errors.Is(err, raft.ErrSuperseded):
-		w.Header().Set("Retry-After", "1")
-		fail(w, http.StatusServiceUnavailable, "%v\nTry again.", err)
 	default:
 		fail(w, http.StatusInternalServerError, "%v", err)
 	}

@@ -1,8 +1,11 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
+	"net/http/httptest"
+	"strings"
 	"testing"
 	"time"
 
@@ -22,6 +25,36 @@ func TestOthers(t *testing.T) {
 	}})
 	if leader[0].Role != "Follower" || leader[0].Last != 7 || leader[1].Role != "" || leader[1].Last != 5 {
 		t.Errorf("a leader says %+v", leader)
+	}
+}
+
+// What the library answers to a button decides what its user is told.
+func TestActionErrors(t *testing.T) {
+	for _, c := range []struct {
+		err  error
+		code int
+		text string
+	}{
+		{&raft.MembershipError{Reason: raft.MembershipQuorum}, 409, "bring them back first"},
+		{&raft.MembershipError{Reason: raft.MembershipTooEarly}, 503, "Nothing was changed"},
+		{&raft.MembershipError{Reason: raft.MembershipNotLeader}, 503, "Nothing was changed"},
+		{&raft.TransferError{Reason: raft.TransferNotLeader}, 503, "Nothing was changed"},
+		{&raft.TransferError{Reason: raft.TransferUnreachable, Node: "c"}, 409, "choose another"},
+		{&raft.TransferError{Reason: raft.TransferNotVoter, Node: "c"}, 409, "make it one first"},
+		{raft.ErrSuperseded, 503, "Nothing was changed"},
+		{raft.ErrStopped, 503, "try again"},
+		{fmt.Errorf("%w: %w", raft.ErrOutcomeUnknown, raft.ErrStopped), 504, "may still be done"},
+		{fmt.Errorf("%w: %w", raft.ErrOutcomeUnknown, context.DeadlineExceeded), 504, "may still be done"},
+		{context.DeadlineExceeded, 504, "Look at the page"},
+		{errBusy, 409, "wait for it"},
+		{errNoLeader, 503, "wait for an election"},
+		{&raft.SnapshotError{Op: "WriteTo", Index: 7, Err: errors.New("disk full")}, 500, "disk full"},
+	} {
+		w := httptest.NewRecorder()
+		refuseAction(w, c.err)
+		if w.Code != c.code || !strings.Contains(w.Body.String(), c.text) || (w.Header().Get("Retry-After") != "") != (c.code == 503) {
+			t.Errorf("%v: %d %q, want %d and %q", c.err, w.Code, w.Body, c.code, c.text)
+		}
 	}
 }
 
