@@ -75,7 +75,7 @@ func (c *Cluster) AddNode(learner bool) (n *Node, err error) {
 		c.insert(n)
 		err := addMember(ctx, leader, n, learner)
 		var refused *raft.MembershipError
-		if errors.As(err, &refused) || errors.Is(err, raft.ErrSuperseded) {
+		if errors.As(err, &refused) && refused.Reason != raft.MembershipReplaced || errors.Is(err, raft.ErrSuperseded) {
 			c.forget(n)
 			err = errors.Join(err, n.Kill(), os.RemoveAll(n.Dir))
 		}

@@ -7,6 +7,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"example.com/raft"
 )
 
 // console is the page's port, which outlives all nodes.
@@ -169,8 +171,8 @@ func removeAll(o *console) {
 	o.reads("b", "after", "the leader left")
 }
 
-// A change that can't be finished does not block the page for ever, others are
-// refused meanwhile without a trace, and it is finished when it can be.
+// A change that can't be finished does not block the page for ever: it is
+// finished when it can be, or taken back. A node that is refused leaves nothing.
 func TestMembersUnfinished(t *testing.T) {
 	checkLeaks(t)
 	dir := t.TempDir()
@@ -178,23 +180,36 @@ func TestMembersUnfinished(t *testing.T) {
 	c.leader(t)
 	c.timeout = 300 * time.Millisecond
 	o := newConsole(t, c, newClient(t))
-	d := c.unusedNode()
-	d.gate.setCut(true)
-	if err := d.Start(t.Context()); err != nil {
+	for range 2 { // d and e
+		n := c.unusedNode()
+		n.gate.setCut(true)
+		if err := n.Start(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		c.insert(n)
+	}
+	o.expect("a voter, b voter, c voter, d none, e none")
+	o.post(504, "/nodes/d/voter", "take the change back with Remove")
+	o.expect("a voter, b voter, c voter, d learner, e none")
+	o.post(204, "/nodes/d/heal", "")
+	o.expect("a voter, b voter, c voter, d voter, e none")
+	o.post(504, "/nodes/e/voter", "has not caught up")
+	o.expect("a voter, b voter, c voter, d voter, e learner")
+
+	c.timeout = actionTimeout
+	o.post(200, "/nodes/e/remove", "is removed and stopped")
+	leader, err := c.leading()
+	if err != nil {
 		t.Fatal(err)
 	}
-	c.insert(d)
-	o.expect("a voter, b voter, c voter, d none")
-	o.post(504, "/nodes/d/voter", "Is a majority connected, and the node itself?")
-	o.expect("a voter, b voter, c voter, d learner")
-	o.post(409, "/nodes", "another change is not finished")
-	o.post(409, "/nodes/c/remove", "another change is not finished")
-	if left := glob(t, dir, "e*"); len(left) > 0 {
+	if err := leader.AddLearner(t.Context(), raft.Member{ID: "elsewhere", Addr: c.unusedNode().Listen}); err != nil {
+		t.Fatal(err)
+	}
+	o.post(409, "/nodes", "another member has its address")
+	if left := glob(t, dir, "f*"); len(left) > 0 {
 		t.Errorf("a node that was refused left %v", left)
 	}
-	o.expect("a voter, b voter, c voter, d learner")
-	o.post(204, "/nodes/d/heal", "")
-	o.expect("a voter, b voter, c voter, d voter")
+	o.expect("a voter, b voter, c voter, d voter, e removed")
 	if !c.changing.TryLock() {
 		t.Fatal("a change still runs")
 	}

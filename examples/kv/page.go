@@ -294,18 +294,24 @@ func (p *page) act(w http.ResponseWriter, r *http.Request) {
 func refuseAction(w http.ResponseWriter, err error) {
 	var membership *raft.MembershipError
 	var transfer *raft.TransferError
-	again := errors.Is(err, errNoLeader) || errors.Is(err, raft.ErrStopped) || errors.Is(err, raft.ErrSuperseded) ||
-		errors.As(err, &membership) && (membership.Reason == raft.MembershipNotLeader || membership.Reason == raft.MembershipTooEarly) ||
-		errors.As(err, &transfer) && transfer.Reason == raft.TransferNotLeader
+	again := errors.Is(err, errNoLeader) || errors.Is(err, raft.ErrStopped) || errors.Is(err, raft.ErrSuperseded)
+	if errors.As(err, &membership) {
+		switch membership.Reason {
+		case raft.MembershipNotLeader, raft.MembershipTooEarly, raft.MembershipPending:
+			again = true
+		}
+	} else if errors.As(err, &transfer) {
+		again = transfer.Reason == raft.TransferNotLeader
+	}
 	switch {
 	case errors.Is(err, raft.ErrOutcomeUnknown), errors.Is(err, context.DeadlineExceeded):
 		fail(w, http.StatusGatewayTimeout, "%v\nIt may still be done. Is a majority connected, and the node itself? Look at the page before trying again.", err)
-	case again: // the leader is changing
+	case again: // the leader is changing, or is about to finish something
 		w.Header().Set("Retry-After", "1")
 		fail(w, http.StatusServiceUnavailable, "%v\nNothing was changed: try again in a second.", err)
-	case errors.As(err, &transfer) && transfer.Reason == raft.TransferNotVoter:
+	case transfer != nil && transfer.Reason == raft.TransferNotVoter:
 		fail(w, http.StatusConflict, "%v\nOnly a voter can lead: make it one first.", err)
-	case errors.As(err, &membership), errors.As(err, &transfer):
+	case membership != nil, transfer != nil:
 		fail(w, http.StatusConflict, "%v", err)
 	case errors.Is(err, errRunning), errors.Is(err, errStopped), errors.Is(err, errRemoved), errors.Is(err, errBusy), errors.Is(err, errFull):
 		fail(w, http.StatusConflict, "%v", err)

@@ -37,6 +37,7 @@ func TestActionErrors(t *testing.T) {
 	}{
 		{&raft.MembershipError{Reason: raft.MembershipQuorum}, 409, "bring them back first"},
 		{&raft.MembershipError{Reason: raft.MembershipTooEarly}, 503, "Nothing was changed"},
+		{&raft.MembershipError{Reason: raft.MembershipPending}, 503, "Nothing was changed"},
 		{&raft.MembershipError{Reason: raft.MembershipNotLeader}, 503, "Nothing was changed"},
 		{&raft.TransferError{Reason: raft.TransferNotLeader}, 503, "Nothing was changed"},
 		{&raft.TransferError{Reason: raft.TransferUnreachable, Node: "c"}, 409, "choose another"},
