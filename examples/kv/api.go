@@ -17,7 +17,7 @@ import (
 // api serves the store over HTTP:
 //
 //	PUT    /kv/{key}  writes the body       200, or 201 if the key is new
-//	GET    /kv/{key}  reads                 200 or 404
+//	GET    /kv/{key}  reads                 200 or 404; ?consistency=stale: what this node has now
 //	DELETE /kv/{key}  deletes               204 or 404
 //
 // ETag is the key's version, in quotes. Compare-and-set is a PUT or DELETE with
@@ -26,6 +26,7 @@ import (
 // Every node takes every request: one that does not lead hands it to the leader.
 type api struct {
 	propose func(context.Context, []byte) (raft.Result, error)
+	read    func(ctx context.Context, key string, stale bool) (item, error)
 	timeout time.Duration // how long a request may wait for a leader and a majority
 }
 
@@ -35,8 +36,53 @@ func (a *api) register(mux *http.ServeMux) {
 	mux.HandleFunc("DELETE /kv/{key...}", a.delete)
 }
 
+// get reads from this node, after it has made sure that it holds every write
+// that was acknowledged before, unless the client can do without.
 func (a *api) get(w http.ResponseWriter, r *http.Request) {
-	a.run(w, r, command{op: opGet})
+	key, ok := readKey(w, r)
+	if !ok {
+		return
+	}
+	consistency := r.URL.Query().Get("consistency")
+	switch consistency {
+	case "", "linearizable", "stale":
+	default:
+		fail(w, http.StatusBadRequest, "consistency=%s: want linearizable, which is the default, or stale", consistency)
+		return
+	}
+	ctx, cancel := context.WithTimeout(r.Context(), a.timeout)
+	defer cancel()
+	it, err := a.read(ctx, key, consistency == "stale")
+	switch {
+	case err != nil:
+		w.Header().Set("Retry-After", "1")
+		fail(w, http.StatusServiceUnavailable, "%v\nA read changes nothing: send it again, to this node or another.", err)
+	case it.version == 0:
+		answer(w, command{key: key}, result{status: statusNotFound})
+	default:
+		header := w.Header()
+		header.Set("Cache-Control", "no-store")
+		header.Set("ETag", fmt.Sprintf(`"%d"`, it.version))
+		// What was stored is data, never a page of this site.
+		header.Set("Content-Type", "application/octet-stream")
+		header.Set("X-Content-Type-Options", "nosniff")
+		header.Set("Content-Length", strconv.Itoa(len(it.value)))
+		w.Write(it.value)
+	}
+}
+
+// readKey answers the request itself if its key is no key.
+func readKey(w http.ResponseWriter, r *http.Request) (string, bool) {
+	key := r.PathValue("key")
+	switch {
+	case key == "":
+		fail(w, http.StatusBadRequest, "the path has no key: use /kv/KEY")
+	case len(key) > maxKeyBytes:
+		fail(w, http.StatusRequestURITooLong, "the key has %d bytes, the limit is %d", len(key), maxKeyBytes)
+	default:
+		return key, true
+	}
+	return "", false
 }
 
 func (a *api) put(w http.ResponseWriter, r *http.Request) {
@@ -90,20 +136,15 @@ func readCondition(w http.ResponseWriter, r *http.Request) (condition, bool) {
 
 // run puts c through the log and answers with its result.
 func (a *api) run(w http.ResponseWriter, r *http.Request, c command) {
-	c.key = r.PathValue("key")
-	if c.key == "" {
-		fail(w, http.StatusBadRequest, "the path has no key: use /kv/KEY")
-		return
-	}
-	if len(c.key) > maxKeyBytes {
-		fail(w, http.StatusRequestURITooLong, "the key has %d bytes, the limit is %d", len(c.key), maxKeyBytes)
+	var ok bool
+	if c.key, ok = readKey(w, r); !ok {
 		return
 	}
 	ctx, cancel := context.WithTimeout(r.Context(), a.timeout)
 	defer cancel()
 	committed, err := a.propose(ctx, c.encode())
 	if err != nil {
-		refuse(w, c, err)
+		refuse(w, err)
 		return
 	}
 	res, err := decodeResult(committed.Data)
@@ -132,12 +173,6 @@ func answer(w http.ResponseWriter, c command, res result) {
 		}
 	case statusOK, statusCreated:
 		switch c.op {
-		case opGet:
-			// What was stored is data, never a page of this site.
-			header.Set("Content-Type", "application/octet-stream")
-			header.Set("X-Content-Type-Options", "nosniff")
-			header.Set("Content-Length", strconv.Itoa(len(res.value)))
-			w.Write(res.value)
 		case opPut:
 			if res.status == statusCreated {
 				w.WriteHeader(http.StatusCreated)
@@ -154,15 +189,12 @@ func answer(w http.ResponseWriter, c command, res result) {
 
 // refuse translates an error of Propose. The distinction that matters to a
 // client: may it simply send the request again?
-func refuse(w http.ResponseWriter, c command, err error) {
+func refuse(w http.ResponseWriter, err error) {
 	switch {
 	case errors.Is(err, raft.ErrCommandSize):
 		fail(w, http.StatusRequestEntityTooLarge, "%v", err)
-	case errors.Is(err, raft.ErrOutcomeUnknown) && c.op != opGet:
-		fail(w, http.StatusGatewayTimeout, "%v\nThe outcome is unknown: it may have been written, or may be later. Read the key before deciding, or make the request conditional with If-Match.", err)
 	case errors.Is(err, raft.ErrOutcomeUnknown):
-		w.Header().Set("Retry-After", "1")
-		fail(w, http.StatusServiceUnavailable, "The read was not answered: its leader was lost, or was too slow.\nA read changes nothing: send it again, to this node or another.")
+		fail(w, http.StatusGatewayTimeout, "%v\nThe outcome is unknown: it may have been written, or may be later. Read the key before deciding, or make the request conditional with If-Match.", err)
 	default:
 		w.Header().Set("Retry-After", "1")
 		fail(w, http.StatusServiceUnavailable, "%v\nNothing was changed: send it again, to this node or another.", err)

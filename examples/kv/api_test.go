@@ -31,13 +31,15 @@ func TestAPIErrors(t *testing.T) {
 		{"PUT", raft.ErrSuperseded, 503, "Nothing was changed", true},
 		{"PUT", unknown, 504, "outcome is unknown", false},
 		{"DELETE", unknown, 504, "outcome is unknown", false},
-		{"GET", unknown, 503, "send it again", true}, // a read has no effect that could be unknown
 		{"PUT", raft.ErrCommandSize, 413, "size", false},
 	} {
 		if c.err == raft.ErrCommandSize {
 			c.text = "too large"
 		}
-		w := ask(&api{propose: func(context.Context, []byte) (raft.Result, error) { return raft.Result{}, c.err }}, c.method, "/kv/k", "v")
+		w := ask(&api{
+			propose: func(context.Context, []byte) (raft.Result, error) { return raft.Result{}, c.err },
+			read:    func(context.Context, string, bool) (item, error) { return item{}, c.err },
+		}, c.method, "/kv/k", "v")
 		if w.Code != c.code || !strings.Contains(w.Body.String(), c.text) || (w.Header().Get("Retry-After") != "") != c.retry {
 			t.Errorf("%s, %v: %d %q, Retry-After %q", c.method, c.err, w.Code, w.Body, w.Header().Get("Retry-After"))
 		}
@@ -56,6 +58,9 @@ func TestAPIRefusesBadRequests(t *testing.T) {
 		code               int
 	}{
 		{"PUT", "/kv/", "v", "", 400},
+		{"GET", "/kv/", "", "", 400},
+		{"GET", "/kv/" + strings.Repeat("k", maxKeyBytes+1), "", "", 414},
+		{"GET", "/kv/k?consistency=eventual", "", "", 400},
 		{"PUT", "/kv/" + strings.Repeat("k", maxKeyBytes+1), "v", "", 414},
 		{"PUT", "/kv/k", strings.Repeat("v", maxValueBytes+1), "", 413},
 		{"POST", "/kv/k", "v", "", 405},
@@ -67,6 +72,32 @@ func TestAPIRefusesBadRequests(t *testing.T) {
 	} {
 		if w := ask(a, c.method, c.path, c.body, c.header); w.Code != c.code || w.Body.Len() == 0 {
 			t.Errorf("%s %.20s %s: %d %q, want %d", c.method, c.path, c.header, w.Code, w.Body, c.code)
+		}
+	}
+}
+
+// A read is linearizable unless the client says that it need not be.
+func TestAPIReads(t *testing.T) {
+	a := &api{timeout: time.Second, read: func(_ context.Context, key string, stale bool) (item, error) {
+		switch {
+		case key == "missing":
+			return item{}, nil
+		case stale:
+			return item{[]byte("old"), 7}, nil
+		}
+		return item{[]byte("new"), 9}, nil
+	}}
+	for _, c := range []struct {
+		path, body, tag string
+		code            int
+	}{
+		{"/kv/k", "new", `"9"`, 200},
+		{"/kv/k?consistency=linearizable", "new", `"9"`, 200},
+		{"/kv/k?consistency=stale", "old", `"7"`, 200},
+		{"/kv/missing", "there is no key", "", 404},
+	} {
+		if w := ask(a, "GET", c.path, ""); w.Code != c.code || !strings.HasPrefix(w.Body.String(), c.body) || w.Header().Get("ETag") != c.tag {
+			t.Errorf("GET %s: %d %q, ETag %s", c.path, w.Code, w.Body, w.Header().Get("ETag"))
 		}
 	}
 }

@@ -219,6 +219,21 @@ func (n *Node) propose(ctx context.Context, cmd []byte) (raft.Result, error) {
 	return server.Propose(ctx, cmd)
 }
 
+// read returns what this node holds of a key, as of a moment after the call,
+// or, if stale will do, as of now.
+func (n *Node) read(ctx context.Context, key string, stale bool) (item, error) {
+	server, store, running := n.current()
+	if !running {
+		return item{}, fmt.Errorf("node %s: %w", n.ID, raft.ErrStopped)
+	}
+	if !stale {
+		if _, err := server.ReadIndex(ctx); err != nil {
+			return item{}, err
+		}
+	}
+	return store.get(key), nil
+}
+
 // Cluster is all nodes of this process.
 type Cluster struct {
 	Feed *Feed

@@ -62,10 +62,15 @@ func (s *Store) Apply(e raft.Entry) []byte {
 	if old.version == 0 {
 		return result{status: statusNotFound}.encode()
 	}
-	if c.op == opDelete {
-		return result{status: statusOK, version: old.version}.encode()
-	}
-	return result{status: statusOK, version: old.version, value: old.value}.encode()
+	return result{status: statusOK, version: old.version}.encode()
+}
+
+// get returns what this node holds of a key now; its version is 0 if that is
+// nothing.
+func (s *Store) get(key string) item {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.items[key]
 }
 
 // storedItem is an item in a snapshot.
@@ -124,7 +129,7 @@ const maxShownBytes = 200 // of a value on the status page
 
 // newest returns the n keys written last, newest first, and how many there
 // are. It shows what this node has applied so far, which may be behind: clients
-// read through the log instead.
+// read by api.get instead.
 func (s *Store) newest(n int) (keys []keyInfo, total int) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -166,8 +171,7 @@ type command struct {
 type op byte
 
 const (
-	opGet op = iota + 1 // reading is a command too: its place in the log makes it linearizable
-	opPut
+	opPut op = iota + 1
 	opDelete
 )
 
@@ -222,7 +226,7 @@ func decodeCommand(b []byte) (command, error) {
 		return command{}, errors.New("kv: the command is shorter than its header")
 	}
 	c := command{op: op(b[0]), condition: condition{kind: conditionKind(b[1])}}
-	if c.op < opGet || c.op > opDelete {
+	if c.op < opPut || c.op > opDelete {
 		return command{}, fmt.Errorf("kv: operation %d is unknown", c.op)
 	}
 	if c.condition.kind > ifVersion {
@@ -249,7 +253,7 @@ func decodeCommand(b []byte) (command, error) {
 }
 
 // A result is what Apply answers: a status byte, the key's version as a
-// uvarint, and, for a read, its value.
+// uvarint, and, for a malformed command, what is wrong with it.
 type result struct {
 	status  status
 	version raft.Index // after the command; of the key that was deleted; or that made it conflict

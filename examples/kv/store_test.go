@@ -15,21 +15,17 @@ func TestStore(t *testing.T) {
 		c    command
 		want result
 	}{
-		{"read of nothing", command{op: opGet, key: "x"}, result{status: statusNotFound}},
 		{"delete of nothing", command{op: opDelete, key: "x"}, result{status: statusNotFound}},
 		{"write if present, absent", command{op: opPut, condition: condition{kind: ifPresent}, key: "x"}, result{status: statusConflict}},
 		{"write if version, absent", command{op: opPut, condition: condition{ifVersion, 3}, key: "x"}, result{status: statusConflict}},
-		{"write if missing", command{op: opPut, condition: condition{kind: ifMissing}, key: "x", value: []byte("1")}, result{status: statusCreated, version: 14}},
-		{"write if missing, present", command{op: opPut, condition: condition{kind: ifMissing}, key: "x", value: []byte("2")}, result{status: statusConflict, version: 14}},
-		{"read", command{op: opGet, key: "x"}, result{status: statusOK, version: 14, value: []byte("1")}},
-		{"write", command{op: opPut, key: "x", value: []byte("3")}, result{status: statusOK, version: 17}},
-		{"write if version, old", command{op: opPut, condition: condition{ifVersion, 14}, key: "x", value: []byte("4")}, result{status: statusConflict, version: 17}},
-		{"write if version", command{op: opPut, condition: condition{ifVersion, 17}, key: "x", value: []byte("5")}, result{status: statusOK, version: 19}},
-		{"write if present", command{op: opPut, condition: condition{kind: ifPresent}, key: "x", value: nil}, result{status: statusOK, version: 20}},
-		{"read of an empty value", command{op: opGet, key: "x"}, result{status: statusOK, version: 20}},
-		{"delete if version, old", command{op: opDelete, condition: condition{ifVersion, 19}, key: "x"}, result{status: statusConflict, version: 20}},
-		{"delete if version", command{op: opDelete, condition: condition{ifVersion, 20}, key: "x"}, result{status: statusOK, version: 20}},
-		{"read after delete", command{op: opGet, key: "x"}, result{status: statusNotFound}},
+		{"write if missing", command{op: opPut, condition: condition{kind: ifMissing}, key: "x", value: []byte("1")}, result{status: statusCreated, version: 13}},
+		{"write if missing, present", command{op: opPut, condition: condition{kind: ifMissing}, key: "x", value: []byte("2")}, result{status: statusConflict, version: 13}},
+		{"write", command{op: opPut, key: "x", value: []byte("3")}, result{status: statusOK, version: 15}},
+		{"write if version, old", command{op: opPut, condition: condition{ifVersion, 14}, key: "x", value: []byte("4")}, result{status: statusConflict, version: 15}},
+		{"write if version", command{op: opPut, condition: condition{ifVersion, 15}, key: "x", value: []byte("5")}, result{status: statusOK, version: 17}},
+		{"write if present", command{op: opPut, condition: condition{kind: ifPresent}, key: "x", value: nil}, result{status: statusOK, version: 18}},
+		{"delete if version, old", command{op: opDelete, condition: condition{ifVersion, 17}, key: "x"}, result{status: statusConflict, version: 18}},
+		{"delete if version", command{op: opDelete, condition: condition{ifVersion, 18}, key: "x"}, result{status: statusOK, version: 18}},
 	}
 	for i, step := range steps {
 		answer := s.Apply(raft.Entry{Index: raft.Index(10 + i), Data: step.c.encode()})
@@ -50,23 +46,21 @@ func TestStoreCopiesValues(t *testing.T) {
 	data := command{op: opPut, key: "x", value: []byte("before")}.encode()
 	s.Apply(raft.Entry{Index: 1, Data: data})
 	clear(data)
-	got, _ := decodeResult(s.Apply(raft.Entry{Index: 2, Data: command{op: opGet, key: "x"}.encode()}))
-	if string(got.value) != "before" {
-		t.Errorf("the value is %q after the entry was overwritten", got.value)
+	if got := s.get("x"); string(got.value) != "before" || got.version != 1 {
+		t.Errorf("the key is %+v after the entry was overwritten", got)
 	}
 }
 
 func TestStoreRefusesMalformedCommands(t *testing.T) {
-	valid := command{op: opGet, condition: condition{ifVersion, 300}, key: "key"}.encode()
+	valid := command{op: opDelete, condition: condition{ifVersion, 300}, key: "key"}.encode()
 	bad := map[string][]byte{
 		"operation 0":       {0, 0, 1, 'k'},
-		"operation 4":       {4, 0, 1, 'k'},
+		"operation 3":       {3, 0, 1, 'k'},
 		"condition 4":       {1, 4, 1, 'k'},
 		"version 0":         {1, byte(ifVersion), 0, 1, 'k'},
 		"no key":            {1, 0, 0},
 		"huge key length":   {1, 0, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 1, 'k'},
 		"overlong uvarint":  {1, 0, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 1},
-		"value of a read":   append(command{op: opGet, key: "k"}.encode(), 'v'),
 		"value of a delete": append(command{op: opDelete, key: "k"}.encode(), 'v'),
 	}
 	for n := range len(valid) {
