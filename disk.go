@@ -36,7 +36,7 @@ type diskStorage struct {
 	copied    bool // it was copied, and is being taken over
 	tailBytes int  // of entries given to the core at Open
 	options   wal.Options
-	salt      func(b []byte) // random bytes for the directory ID
+	random    func(b []byte) // fills b, for the directory ID and the salts of snapshots
 	lock      io.Closer
 	log       *wal.Log
 	snapshots snapshotStore
@@ -51,7 +51,12 @@ type diskStorage struct {
 	spans   []entrySpan
 	configs configList
 	start   EntryID
-	gap     bool // during Open: entries were read whose predecessors are gone
+
+	// During Open:
+	gap         bool // entries were read whose predecessors are gone
+	newestStart EntryID
+	newestConf  configAt // at newestStart
+	startsAnew  bool     // nothing was read since newestStart
 }
 
 // entrySpan says where consecutive entries are: in the record at lsn, which
@@ -66,7 +71,7 @@ func newDiskStorage(c *Config) *diskStorage {
 	return &diskStorage{
 		fs: vfs.OS(), dir: c.Dir, adopt: c.AdoptDir, tailBytes: c.MaxLogMemoryBytes,
 		options: wal.Options{MaxSegmentBytes: c.MaxSegmentBytes &^ 4095},
-		salt:    func(b []byte) { rand.Read(b) },
+		random:  func(b []byte) { rand.Read(b) },
 	}
 }
 
@@ -96,6 +101,13 @@ func (d *diskStorage) Open(ctx context.Context, id Identity) (rec Recovered, err
 	})
 	if err != nil {
 		return rec, d.explain(err)
+	}
+	if d.gap && d.startsAnew {
+		// It is before the oldest entry, and yet what is between them was
+		// released: a snapshot has replaced the log, and nothing has followed.
+		l = newRaftLog(EntryID{Index: d.newestStart.Index}, d.newestStart.Index, nil, nil)
+		d.spans, d.configs = nil, nil
+		d.replayStart(&l, d.newestStart, d.newestConf)
 	}
 	if d.gap {
 		d.log.Close()
@@ -172,11 +184,16 @@ func (d *diskStorage) replay(rec *Recovered, l *raftLog, lsn wal.LSN, r wal.Reco
 		}
 		if e.First() > l.last+1 || e.First() <= l.start.Index {
 			// What was before it is in segments that were released, so a record
-			// follows that the log starts later. Until then the start is a guess.
+			// follows that the log starts later, unless a snapshot has replaced
+			// the log right before it. Until then the start is a guess.
 			d.gap = true
 			*l = newRaftLog(EntryID{Index: e.First() - 1}, e.First()-1, nil, nil)
 			d.spans = nil
+			if d.newestStart.Index == l.start.Index {
+				d.replayStart(l, d.newestStart, d.newestConf)
+			}
 		}
+		d.startsAnew = false
 		l.truncate(e.First())
 		l.append(e)
 		l.evict(d.tailBytes, l.last)
@@ -188,6 +205,9 @@ func (d *diskStorage) replay(rec *Recovered, l *raftLog, lsn wal.LSN, r wal.Reco
 }
 
 func (d *diskStorage) replayStart(l *raftLog, start EntryID, conf configAt) {
+	if start.Index > d.newestStart.Index {
+		d.newestStart, d.newestConf, d.startsAnew = start, conf, true
+	}
 	switch {
 	case start.Index < l.start.Index || start.Index == l.start.Index && !d.gap:
 		return
@@ -442,7 +462,7 @@ func (d *diskStorage) makeIdentity(name string, id Identity) (dirID [16]byte, er
 	if names, err := d.fs.List(d.options.Dir); err == nil && len(names) > 0 {
 		return dirID, &CorruptError{File: name, Found: "no identity file beside a log", Do: doRestore}
 	}
-	d.salt(dirID[:])
+	d.random(dirID[:])
 	return dirID, d.writeIdentity(name, dirID, id)
 }
 

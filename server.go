@@ -1,7 +1,6 @@
 package raft
 
 import (
-	"cmp"
 	"context"
 	"crypto/rand"
 	"encoding/binary"
@@ -167,39 +166,22 @@ func readMeta(d OnDisk) (*SnapshotMeta, error) {
 	return &meta, nil
 }
 
-// restore restores the state machine from the newest snapshot that is not
-// damaged, if the log goes on from there.
+// restore restores the state machine from what restoreNewest chooses.
 func (s *Server) restore(ctx context.Context, rec *Recovered) error {
-	var damage error
-	touched := false
-	for i := range rec.Snapshots {
-		meta := &rec.Snapshots[i]
-		if meta.Last.Index < rec.Start.Index {
-			break
-		}
+	var err error
+	s.restoredFrom, err = rec.restoreNewest(s.conf.Dir, func(meta *SnapshotMeta) (begun bool, err error) {
 		_, r, err := s.storage.OpenSnapshot(meta.Last)
 		if err == nil {
-			touched = true
+			begun = true
 			err = callRestore(ctx, s.conf.StateMachine, meta, r)
 			r.Close()
 		}
-		if err == nil {
-			s.restoredFrom = meta
-			return nil
+		if corrupt := (*CorruptError)(nil); errors.As(err, &corrupt) {
+			s.emit(Event{Kind: EventSnapshotFailed, Index: meta.Last.Index, Err: err})
 		}
-		if corrupt := (*CorruptError)(nil); !errors.As(err, &corrupt) {
-			return err
-		}
-		s.emit(Event{Kind: EventSnapshotFailed, Index: meta.Last.Index, Err: err})
-		damage = cmp.Or(damage, err)
-	}
-	if rec.Start.Index == 0 && !touched {
-		return nil // everything is in the log
-	}
-	if damage == nil && rec.Start.Index > 0 {
-		damage = &CorruptError{File: s.conf.Dir, Found: fmt.Sprintf("a log that begins after entry %d, and no snapshot up to there", rec.Start.Index), Do: doRestore}
-	}
-	return damage
+		return begun, err
+	})
+	return err
 }
 
 func (s *Server) run(c *core) {

@@ -126,9 +126,7 @@ func (b *ledger) transition(s *sim, n *simNode, out *effects) {
 	if c.role == Leader {
 		b.changes(s, n)
 	}
-	if c.log.start.Index > n.applied || n.applied > c.commitIndex {
-		s.fail("14 node %d: want start %d <= applied %d <= commit %d", n.i, c.log.start.Index, n.applied, c.commitIndex)
-	}
+	b.snapshotsHold(s, n)
 }
 
 func termOf(c *core, i Index) Term {
@@ -193,10 +191,10 @@ func (n *simNode) term() Term {
 	return n.disk.hard.Term
 }
 
-// has tells whether the entry is on the node's disk. What was compacted is
-// committed; then the ledger knows its term.
+// has tells whether the entry is on the node's disk, or part of a snapshot
+// there. What was compacted is committed; then the ledger knows its term.
 func (b *ledger) has(n *simNode, i Index, term Term) bool {
-	if i < n.disk.start.Index {
+	if i < n.disk.start.Index || n.snaps.covers(i) {
 		t, ok := b.commitTerm(i)
 		return ok && t == term
 	}
@@ -359,7 +357,8 @@ func (b *ledger) diskChanged(s *sim, n *simNode) {
 	}
 }
 
-// durableCommitted returns up to where a node's disk has what is committed.
+// durableCommitted returns up to where a node's disk has what is committed, in
+// its log or in a snapshot.
 func (b *ledger) durableCommitted(n *simNode) Index {
 	i := min(n.disk.last(), Index(len(b.committed)))
 	for i > n.disk.start.Index {
@@ -368,7 +367,7 @@ func (b *ledger) durableCommitted(n *simNode) Index {
 		}
 		i--
 	}
-	return i
+	return max(i, n.snaps.newest.Last.Index)
 }
 
 // simMachine is the state machine: registers, and a hash of all it has executed.

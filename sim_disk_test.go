@@ -83,7 +83,12 @@ func (d *simDisk) apply(s *Save) {
 	for _, e := range s.Entries {
 		d.put(e)
 	}
-	if s.Start != nil {
+	if s.Snapshot != nil {
+		if i := s.Start.Index + 1; i <= d.last() && (d.lowest == 0 || i < d.lowest) {
+			d.lowest = i
+		}
+		d.start, d.entries, d.config = *s.Start, nil, configAt{s.Snapshot.ConfigIndex, s.Snapshot.Config}
+	} else if s.Start != nil {
 		for _, conf := range d.configs() {
 			if conf.index <= s.Start.Index {
 				d.config = conf
@@ -119,6 +124,9 @@ func (d *simDisk) Open(context.Context, Identity) (Recovered, error) {
 		if i == 0 || e.term != d.entries[i-1].term {
 			rec.Runs = append(rec.Runs, EntryID{d.start.Index + 1 + Index(i), e.term})
 		}
+	}
+	for _, k := range d.snaps.snapshots {
+		rec.Snapshots = append(rec.Snapshots, k.meta)
 	}
 	return rec, nil
 }
@@ -195,7 +203,7 @@ func (s *Save) parts() (out []Save) {
 		out = append(out, Save{Entries: s.Entries[i : i+1]})
 	}
 	if s.Start != nil {
-		out = append(out, Save{Start: s.Start})
+		out = append(out, Save{Start: s.Start, Snapshot: s.Snapshot})
 	}
 	return out
 }

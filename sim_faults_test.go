@@ -46,6 +46,9 @@ const (
 	faultReadFail
 	faultPower
 	faultPowerRecovery
+	faultSnapshotFail
+	faultSnapshotSlow
+	faultInstallLate
 	faultKinds
 
 	turnSetup
@@ -59,7 +62,7 @@ const (
 	simDecisions = turnEvent + simDecision(len(simEventNames))
 )
 
-var simFaultNames = [faultKinds]string{"nemesis", "drop", "break", "duplicate", "delay", "old-reply", "crash", "flush-slow", "flush-fail", "read-slow", "read-fail", "power", "power-recovery"}
+var simFaultNames = [faultKinds]string{"nemesis", "drop", "break", "duplicate", "delay", "old-reply", "crash", "flush-slow", "flush-fail", "read-slow", "read-fail", "power", "power-recovery", "snapshot-fail", "snapshot-slow", "install-late"}
 
 // simFault names one fault of a run: the n-th time that a fault of this kind
 // could have struck this node, or this path (from*nodes + to).

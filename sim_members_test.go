@@ -259,11 +259,7 @@ func (s *sim) newestConfig(o *simNode) (EntryID, configuration) {
 // electable tells whether a node could still be elected with the log it has:
 // whether a quorum has no newer one on its disks.
 func (s *sim) electable(n *simNode, conf *configuration) bool {
-	last := func(o *simNode) EntryID {
-		t, _ := o.disk.term(o.disk.last())
-		return EntryID{o.disk.last(), t}
-	}
-	own := last(n)
+	own := n.durableLast()
 	if n.core != nil && n.core.role != Dead {
 		own = n.core.log.lastID()
 	}
@@ -278,7 +274,7 @@ func (s *sim) electable(n *simNode, conf *configuration) bool {
 		if o == nil {
 			return false
 		}
-		has := last(o)
+		has := o.durableLast()
 		return own.Term > has.Term || own.Term == has.Term && own.Index >= has.Index
 	})
 }
@@ -341,7 +337,7 @@ func (s *sim) newDisk(n *simNode) {
 	s.members.wiped++
 	s.crash(n)
 	n.disks++
-	n.disk, n.maxTermSent, n.led = newSimDisk(Entries{}), 0, EntryID{}
+	n.disk, n.maxTermSent, n.led, n.snaps = newSimDisk(Entries{}), 0, EntryID{}, nodeSnapshots{}
 	if n.wal != nil {
 		n.wal = newSimWAL(s, n)
 		n.wal.begin(s, Entries{})

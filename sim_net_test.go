@@ -14,6 +14,7 @@ const (
 	callAppend
 	callHeartbeat
 	callForward
+	callSnapshot
 )
 
 // simCall is a request and what its sender remembers of it.
@@ -27,17 +28,20 @@ type simCall struct {
 	vote     *voteArgs
 	append   *appendArgs
 	forward  *forwardArgs
-	batch    *simBatch // of a forward
-	settled  bool      // an append was answered or failed
+	snapshot *snapshotArgs
+	transfer *simTransfer // of a snapshot
+	batch    *simBatch    // of a forward
+	settled  bool         // an append was answered or failed
 }
 
 // simMsg is a request or a reply under way.
 type simMsg struct {
-	call         *simCall
-	isReply      bool
-	voteReply    *voteReply
-	appendReply  *appendReply
-	forwardReply *forwardReply
+	call          *simCall
+	isReply       bool
+	voteReply     *voteReply
+	appendReply   *appendReply
+	forwardReply  *forwardReply
+	snapshotReply *snapshotReply // nil: the receiver failed
 }
 
 func (m *simMsg) String() string {
@@ -50,6 +54,9 @@ func (m *simMsg) String() string {
 		return dir + fmt.Sprintf("vote %+v", *c.vote)
 	case c.kind == callForward:
 		return dir + "forward"
+	case c.kind == callSnapshot:
+		a := c.snapshot
+		return dir + fmt.Sprintf("block of %d bytes at %d of %d of a snapshot up to %v, term %d, answered %+v", len(a.Data), a.Offset, a.Size, a.Meta.Last, a.Term, m.snapshotReply)
 	}
 	a := c.append
 	what := fmt.Sprintf("append term %d seq %d prev %v last %d commit %d", a.Term, a.Seq, a.Prev, a.lastIndex(), a.Commit)
@@ -121,7 +128,7 @@ func (s *sim) delay(m *simMsg, path int) time.Duration {
 	if s.strikes(faultDelay, path, w.tailP) {
 		d += s.someTimeouts(0.01, 4)
 	}
-	if m.isReply && s.strikes(faultOldReply, path, w.oldP) {
+	if (m.isReply || m.call.kind == callSnapshot) && s.strikes(faultOldReply, path, w.oldP) {
 		d += s.someTimeouts(0.1, 30)
 	}
 	return d
@@ -185,7 +192,7 @@ const (
 	nemCrashAll
 	nemPause
 	nemClock
-	nemCompact
+	nemSnapshot
 	nemHealNet
 	nemDeafLeader
 	nemCampaign
@@ -212,7 +219,7 @@ func (s *sim) nemesis() {
 		f = nemHealNet
 	}
 	if s.chance(0.15) {
-		f = nemCompact
+		f = nemSnapshot
 	}
 	n := s.nodes[s.rng.IntN(len(s.nodes))]
 	leader := s.highestLeader()
@@ -276,8 +283,8 @@ func (s *sim) nemesis() {
 		if n.core != nil {
 			s.armTimer(n)
 		}
-	case nemCompact:
-		s.compact(n)
+	case nemSnapshot:
+		s.takeSnapshot(n)
 	case nemCampaign, nemCampaignMore:
 		s.campaign(n)
 	case nemRot:
@@ -363,7 +370,7 @@ func (s *sim) heal() {
 	}
 	// Disks are quick again, also with what they were asked for before.
 	for i := range s.heap {
-		if e := &s.heap[i]; e.kind == evFlushed || e.kind == evRead {
+		if e := &s.heap[i]; e.kind == evFlushed || e.kind == evRead || e.kind == evThen {
 			e.at = min(e.at, s.now+s.swarm.timeout/100)
 		}
 	}

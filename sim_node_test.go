@@ -17,6 +17,7 @@ type simNode struct {
 	limits limits
 	disk   *simDisk // survives crashes as far as it was flushed
 	wal    *simWAL  // the real log beside it, nil in most seeds
+	snaps  nodeSnapshots
 
 	run        uint32 // counts starts; events of an earlier run are void
 	core       *core  // nil while down
@@ -85,6 +86,10 @@ func (s *sim) boot(n *simNode) {
 		rec, _ = n.disk.Open(context.Background(), Identity{})
 		rec.Tail = n.disk.tail(s.rng.IntN(4096))
 	}
+	from, ok := s.bootSnapshots(n, &rec)
+	if !ok {
+		return
+	}
 	var conf configuration
 	if rec.Config != nil {
 		var err error
@@ -98,18 +103,20 @@ func (s *sim) boot(n *simNode) {
 	n.led = EntryID{}
 	defer s.back(s.turn(turnBoot, n.i))
 	n.run++
-	n.box, n.wait = outbox{}, pending{applied: rec.Start.Index, maxKept: 4096}
+	n.box, n.wait = outbox{}, pending{maxKept: 4096}
 	n.applying, n.flushing, n.beating, n.timerAt = false, false, false, 0
 	n.pausedUntil, n.deferred, n.crashIn = 0, nil, 0
-	n.applied = rec.Start.Index
-	n.machine = s.book.machineAt(n.applied)
 	n.seenDurable = rec.Last
 	dice := rand.New(rand.NewPCG(s.rng.Uint64(), s.rng.Uint64()))
 	n.core = newCore(rec.ownNumber(n.name, simDirectory(n.i, n.disks)), n.limits, rec, conf, dice, s.localNow(n))
 	n.core.name, n.core.directory = n.name, simDirectory(n.i, n.disks)
 	s.book.started(s, n)
-	s.note(n.i, "starts with term %d vote %d log %v..%d", rec.HardState.Term, rec.HardState.VotedFor, rec.Start, rec.Last)
-	s.begin(n)
+	s.note(n.i, "starts with term %d vote %d log %v..%d snapshot %v", rec.HardState.Term, rec.HardState.VotedFor, rec.Start, rec.Last, n.snaps.newest.Last)
+	c := s.begin(n)
+	if from != nil {
+		n.wait.applied, n.wait.term = from.Last.Index, from.Last.Term
+		c.restored(from)
+	}
 	s.end(n)
 }
 
@@ -150,6 +157,8 @@ func (s *sim) end(n *simNode) {
 	if n.run != run || n.core == nil {
 		return
 	}
+	s.releaseBlocks(n)
+	s.sendSnapshots(n, out.snapshots)
 	for _, to := range out.hangups {
 		s.hangups++
 		if o := s.peer(c, to); o != nil {
@@ -279,6 +288,8 @@ func (s *sim) onNode(n *simNode, e simEvent) {
 		s.end(n)
 	case evApply:
 		s.onApply(n)
+	case evThen:
+		e.then()
 	case evForwardTimeout:
 		s.load.forwardEnds(s, n, e.msg.call, nil)
 	}
@@ -294,6 +305,8 @@ func (s *sim) onRequest(n *simNode, call *simCall) {
 		s.end(n)
 	case callForward:
 		s.onForwarded(n, call)
+	case callSnapshot:
+		s.onBlock(n, call)
 	}
 }
 
@@ -323,6 +336,9 @@ func (s *sim) onReply(n *simNode, m *simMsg) {
 		s.begin(n).onAppendReply(from, call.append, m.appendReply)
 	case callForward:
 		s.load.forwardEnds(s, n, call, m.forwardReply)
+		return
+	case callSnapshot:
+		call.transfer.answered(call, m.snapshotReply)
 		return
 	}
 	s.end(n)
@@ -379,6 +395,10 @@ func (s *sim) onApply(n *simNode) {
 	if c.role == Dead || c.commitIndex <= n.applied {
 		return
 	}
+	if c.log.start.Index > n.applied {
+		s.restoreReplaced(n)
+		return
+	}
 	limit := 1 + s.rng.IntN(8192)
 	lo := n.applied + 1
 	runs, ok := c.log.from(lo, c.commitIndex, limit)
@@ -399,12 +419,13 @@ func (s *sim) onApply(n *simNode) {
 			results[i] = s.book.applied(s, n, e, i)
 		}
 		settled, _ = n.wait.onApplied(e, results, settled, nil)
+		n.snaps.noted(e)
 	}
 	s.load.settle(s, settled)
 	c.want(n.wait.highest())
 	s.scheduleApply(n)
-	if s.faulty && s.chance(s.swarm.compactP) {
-		s.compact(n)
+	if s.faulty && s.chance(s.swarm.snapshotP) {
+		s.takeSnapshot(n)
 	}
 }
 
@@ -488,23 +509,4 @@ func (s *sim) campaign(n *simNode) {
 	s.note(n.i, "campaigns at once")
 	s.begin(n).becomeCandidate(true)
 	s.end(n)
-}
-
-// compact drops a prefix of the log that every node has for good.
-func (s *sim) compact(n *simNode) {
-	if n.core == nil || n.core.role == Dead || n.pausedUntil > s.now {
-		return
-	}
-	hi := min(n.applied, n.core.durableIndex)
-	for _, o := range s.nodes {
-		if o.lost == "" {
-			hi = min(hi, s.book.durableCommitted(o))
-		}
-	}
-	if lo := n.core.log.start.Index; hi > lo {
-		i := lo + 1 + Index(s.rng.Int64N(int64(hi-lo)))
-		s.note(n.i, "compacts up to %d", i)
-		s.begin(n).compact(i)
-		s.end(n)
-	}
 }

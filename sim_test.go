@@ -49,9 +49,10 @@ const (
 	evPhase
 	evResume
 	evMembers
+	evThen
 )
 
-var simEventNames = [...]string{"", "timer", "heartbeat", "request", "reply", "append failed", "flushed", "read", "apply", "forward timeout", "client", "nemesis", "restart", "phase", "resume", "members"}
+var simEventNames = [...]string{"", "timer", "heartbeat", "request", "reply", "append failed", "flushed", "read", "apply", "forward timeout", "client", "nemesis", "restart", "phase", "resume", "members", "then"}
 
 // simEvent is one thing that will happen. It concerns a node in one of its
 // runs: a crash makes it void.
@@ -65,6 +66,7 @@ type simEvent struct {
 	took  time.Duration
 	msg   *simMsg
 	read  *simRead
+	then  func()
 	epoch uint32 // of the network: healing drops what is under way
 }
 
@@ -102,7 +104,12 @@ type simSwarm struct {
 	lagMax        Index // clients pause while a node is this far behind
 	rounds        int
 	roundTimeouts int     // length of a round of faults in election timeouts
-	compactP      float64 // a node drops a prefix of its log after it has applied something
+	snapshotP     float64 // a node takes a snapshot after it has applied something
+	snapshotFailP float64
+	snapshotSlowP float64
+	installLateP  float64 // a stored snapshot takes much longer to be installed
+	blockBytes    int     // of a snapshot, in one message
+	stateMax      int     // bytes of padding in a snapshot
 	prepareP      float64 // the real log is tended after a flush: segments prepared and reclaimed
 	losses        int     // how many voters may lose their disk; always a minority
 }
@@ -137,6 +144,7 @@ type sim struct {
 	judged           int // histories that porcupine saw
 	refused, hangups int // appends refused by followers of the same term, connections given up
 	losses           simLosses
+	snaps            simSnapshots
 	hash             uint64
 	ring             []simRecord
 	done             bool
@@ -167,6 +175,7 @@ type simResult struct {
 	class     string      // of err: which check failed
 	struck    []simStrike // the faults, in order
 	losses    simLosses
+	snaps     simSnapshots
 	timeout   time.Duration
 	nodes     int
 	members   simMembers
@@ -187,7 +196,7 @@ type simPlan struct {
 func runSim(seed uint64, plan simPlan) (res simResult) {
 	s := newSim(seed, plan)
 	defer func() {
-		res.struck, res.timeout, res.losses = s.struck, s.swarm.timeout, s.losses
+		res.struck, res.timeout, res.losses, res.snaps = s.struck, s.swarm.timeout, s.losses, s.snaps
 		res.nodes = len(s.nodes)
 		res.hash, res.steps, res.simulated, res.healTimes = s.hash, s.steps, s.now, s.healTimes
 		res.committed, res.elections = Index(len(s.book.committed)), s.book.elections
@@ -345,7 +354,12 @@ func (s *sim) drawSwarm() {
 		w.losses = s.between(1, 3)
 	}
 	w.prepareP = s.logUniform(0.02, 1)
-	w.compactP = s.sometimes(0.7, 0.002, 0.2)
+	w.snapshotP = s.sometimes(0.7, 0.002, 0.2)
+	w.snapshotFailP = s.sometimes(0.4, 0.001, 0.1)
+	w.snapshotSlowP = s.sometimes(0.5, 0.01, 0.5)
+	w.installLateP = s.sometimes(0.5, 0.05, 1)
+	w.blockBytes = int(s.logUniform(16, 512))
+	w.stateMax = s.between(0, 300)
 }
 
 // drawChurn makes leaderships short and messages old: the conditions of
@@ -586,6 +600,7 @@ type simSummary struct {
 	seeds, steps, elections int
 	judged                  int
 	losses                  simLosses
+	snaps                   simSnapshots
 	answered, unknown       int
 	committed               Index
 	members                 simMembers
@@ -598,6 +613,7 @@ func (t *simSummary) add(r simResult) {
 	t.judged += r.judged
 	t.losses.add(r.losses)
 	t.members.add(&r.members)
+	t.snaps.add(r.snaps)
 	t.steps += r.steps
 	t.elections += r.elections
 	t.answered += r.ok
@@ -615,9 +631,9 @@ func (t *simSummary) String() string {
 		}
 		return t.heals[int(p*float64(len(t.heals)-1))]
 	}
-	return fmt.Sprintf("%d seeds, %d steps in %v (%.0f/s), %v simulated (%.0f times real time), %d committed, %d elections, %d answered, %d unknown, %d histories judged by porcupine; disks: %+v; %v; %d times healed: p50 %.2f p99 %.2f max %.2f election timeouts",
+	return fmt.Sprintf("%d seeds, %d steps in %v (%.0f/s), %v simulated (%.0f times real time), %d committed, %d elections, %d answered, %d unknown, %d histories judged by porcupine; disks: %+v; snapshots: %+v; %v; %d times healed: p50 %.2f p99 %.2f max %.2f election timeouts",
 		t.seeds, t.steps, t.wall.Round(time.Millisecond), float64(t.steps)/t.wall.Seconds(), t.simulated.Round(time.Second), t.simulated.Seconds()/t.wall.Seconds(),
-		t.committed, t.elections, t.answered, t.unknown, t.judged, t.losses, &t.members, len(t.heals), at(0.5), at(0.99), at(1))
+		t.committed, t.elections, t.answered, t.unknown, t.judged, t.losses, t.snaps, &t.members, len(t.heals), at(0.5), at(0.99), at(1))
 }
 
 // TestSim runs fresh seeds, or the one of -sim.seed.

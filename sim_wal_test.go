@@ -67,7 +67,7 @@ func (w *simWAL) failSoon(err error, within int) {
 }
 
 func (w *simWAL) open(tailBytes int) (Recovered, error) {
-	w.storage = &diskStorage{fs: w.mem, dir: "node", tailBytes: tailBytes, options: w.options, salt: func(b []byte) {
+	w.storage = &diskStorage{fs: w.mem, dir: "node", tailBytes: tailBytes, options: w.options, random: func(b []byte) {
 		for i := range b {
 			b[i] = byte(w.rng.Uint32())
 		}

@@ -56,15 +56,17 @@ func (c *core) snapshotTaken(last EntryID, upTo Index) {
 
 // compact forgets entries up to and including i, which must be applied. Those
 // that follow a snapshot on its way to a follower stay until it has arrived:
-// else the follower would need the next one. The newest entry stays too: after
-// a restart its time is the least for the next one.
+// else the follower would need the next one. What is not durable stays as well:
+// a snapshot may be written sooner than the log. And so does the newest entry:
+// after a restart its time is the least for the next one.
 func (c *core) compact(i Index) {
 	if c.role == Dead {
 		return
 	}
-	if i > c.commitIndex || i > c.durableIndex {
-		panic(invariantError("compact at %d beyond commit %d or durable %d", i, c.commitIndex, c.durableIndex))
+	if i > c.commitIndex {
+		panic(invariantError("compact at %d beyond commit %d", i, c.commitIndex))
 	}
+	i = min(i, c.durableIndex)
 	for _, p := range c.progress {
 		if p.state == snapshotting {
 			i = min(i, p.snapshot)
@@ -130,9 +132,14 @@ func (c *core) onInstallSnapshot(a *snapshotArgs, r *snapshotReply) bool {
 // installSnapshot puts a durable snapshot in the log's place: §7. A log that
 // has the snapshot's last entry keeps everything, and what is committed by this
 // is applied from it; any other log is replaced, and the state machine must be
-// restored. A snapshot that ends at or before commitIndex changes nothing.
+// restored. A snapshot that ends at or before commitIndex changes nothing of
+// that; it may be the newest one of this server all the same.
 func (c *core) installSnapshot(meta *SnapshotMeta) {
-	if c.role == Dead || meta.Last.Index <= c.commitIndex {
+	if c.role == Dead || meta.Last.Index <= c.newestSnapshot.Index {
+		return
+	}
+	if meta.Last.Index <= c.commitIndex {
+		c.newestSnapshot = meta.Last
 		return
 	}
 	conf, err := decodeConfiguration(meta.Config)
@@ -182,7 +189,9 @@ func (c *core) continues(meta *SnapshotMeta) error {
 // machine has. If this server stopped between storing it and replacing its
 // log, the log is replaced now.
 func (c *core) restored(meta *SnapshotMeta) {
-	c.newestSnapshot = meta.Last
+	if meta.Last.Term > c.currentTerm {
+		c.becomeFollower(meta.Last.Term, 0) // it was durable before the term was
+	}
 	if meta.Time.After(c.lastTime) {
 		c.lastTime = meta.Time
 	}

@@ -2,6 +2,7 @@ package raft
 
 import (
 	"cmp"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"math"
@@ -33,6 +34,11 @@ func (t *snapshotStore) open() ([]SnapshotMeta, error) {
 		return nil, fmt.Errorf("raft: clean %s: %w", t.dir, err)
 	}
 	names, err := snap.List(fs, t.dir)
+	if err == nil && len(names) > 0 {
+		// A process that was killed between renaming and syncing has left a
+		// snapshot that a power cut would take away. It is relied on from now on.
+		err = fs.SyncDir(t.dir)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("raft: list %s: %w", t.dir, err)
 	}
@@ -79,7 +85,9 @@ func snapshotName(m *SnapshotMeta) string {
 
 // CreateSnapshot implements Storage.
 func (d *diskStorage) CreateSnapshot(meta SnapshotMeta) (SnapshotWriter, error) {
-	w, err := snap.Create(d.fs, d.snapshots.dir, snapshotName(&meta), meta.encode(nil))
+	var salt [8]byte
+	d.random(salt[:])
+	w, err := snap.Create(d.fs, d.snapshots.dir, snapshotName(&meta), meta.encode(nil), binary.LittleEndian.Uint64(salt[:]))
 	if err != nil {
 		return nil, fmt.Errorf("raft: begin a snapshot in %s: %w", d.snapshots.dir, err)
 	}

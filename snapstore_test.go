@@ -5,11 +5,13 @@ import (
 	"errors"
 	"io"
 	"io/fs"
+	"math/rand/v2"
 	"strings"
 	"testing"
 	"time"
 
 	"example.com/raft/internal/snap"
+	"example.com/raft/internal/vfs"
 )
 
 // snapshotUpTo is the header of a snapshot that ends at an entry.
@@ -234,7 +236,7 @@ func TestDamagedSnapshot(t *testing.T) {
 }
 
 // A leader whose newest snapshot is damaged finds out when it sends it, takes
-// another one, and sends that.
+// another one, and sends that; also where nothing was applied since.
 func TestDamagedSnapshotIsNotSent(t *testing.T) {
 	for _, news := range []int{3, 0} { // commands since the damaged one
 		snapshots(t, 3, func(t *testing.T, h *Harness) {
@@ -250,5 +252,72 @@ func TestDamagedSnapshotIsNotSent(t *testing.T) {
 			h.RestartPeer(leader)
 			caughtUp(t, h, leader)
 		})
+	}
+}
+
+// A snapshot that a killed process had renamed and not synced is found by the
+// next one, which drops the log before it. A power cut must not take it away
+// then. (Simulator, TestSimSnapshots, seed 94.)
+func TestSnapshotFoundIsDurable(t *testing.T) {
+	mem := vfs.NewMem(rand.New(rand.NewPCG(1, 1)))
+	open := func() *diskStorage {
+		d := newDiskStorage(&Config{Dir: "data", MaxLogMemoryBytes: 1, MaxSegmentBytes: 1 << 20})
+		d.fs = mem
+		return d
+	}
+	s := open()
+	mustOpen(t, s)
+	w, err := s.CreateSnapshot(snapshotUpTo(5, 1, 1))
+	if err != nil {
+		t.Fatal(err)
+	}
+	renamed := false
+	mem.SetHook(func(op vfs.Op) error {
+		renamed = renamed || op.Kind == vfs.OpRename
+		if renamed && op.Kind == vfs.OpSyncDir {
+			return errors.New("killed")
+		}
+		return nil
+	})
+	if err := w.Commit(); err == nil || !renamed {
+		t.Fatalf("Commit: %v", err)
+	}
+	mem.SetHook(nil)
+	mem.Kill()
+	for _, after := range []string{"kill", "power cut"} {
+		if rec := mustOpen(t, open()); len(rec.Snapshots) != 1 {
+			t.Fatalf("after the %s there are %d snapshots", after, len(rec.Snapshots))
+		}
+		mem.Crash(func(int) int { return 0 }) // loses all that is not synced
+	}
+}
+
+// Each snapshot file has a salt of its own, so that its blocks are not taken
+// for those of another one.
+func TestSnapshotFilesHaveSalts(t *testing.T) {
+	mem := vfs.NewMem(rand.New(rand.NewPCG(1, 1)))
+	s := newDiskStorage(&Config{Dir: "data", MaxLogMemoryBytes: 1, MaxSegmentBytes: 1 << 20})
+	s.fs = mem
+	mustOpen(t, s)
+	files := map[string]bool{}
+	for i := Index(5); i < 8; i++ {
+		storeSnapshot(t, s, snapshotUpTo(i, 1, byte(i)), "the same state")
+		names, err := snap.List(mem, "data/snap")
+		if err != nil {
+			t.Fatal(err)
+		}
+		f, err := mem.Open("data/snap/" + names[len(names)-1] + ".snap")
+		if err != nil {
+			t.Fatal(err)
+		}
+		start := make([]byte, 36)
+		if _, err := f.ReadAt(start, 0); err != nil {
+			t.Fatal(err)
+		}
+		f.Close()
+		files[string(start[16:24])] = true // docs/FORMAT.md, "Snapshots"
+	}
+	if len(files) != 3 {
+		t.Errorf("%d salts in 3 files", len(files))
 	}
 }

@@ -39,6 +39,37 @@ type Recovered struct {
 	Boot        uint64         // how often the storage was opened, this time included
 }
 
+// restoreNewest has the state restored from the newest snapshot that is not
+// damaged, if the log goes on from there, and returns it: nil if everything is
+// in the log. try restores one snapshot, and says whether it had begun to change
+// the state; only damage makes it try an older one.
+func (rec *Recovered) restoreNewest(dir string, try func(*SnapshotMeta) (begun bool, err error)) (*SnapshotMeta, error) {
+	var damage error
+	touched := false
+	for i := range rec.Snapshots {
+		meta := &rec.Snapshots[i]
+		if meta.Last.Index < rec.Start.Index {
+			break
+		}
+		begun, err := try(meta)
+		if err == nil {
+			return meta, nil
+		}
+		if corrupt := (*CorruptError)(nil); !errors.As(err, &corrupt) {
+			return nil, err
+		}
+		touched = touched || begun
+		damage = cmp.Or(damage, err)
+	}
+	if rec.Start.Index == 0 && !touched {
+		return nil, nil
+	}
+	if damage == nil {
+		damage = &CorruptError{File: dir, Found: fmt.Sprintf("a log that begins after entry %d, and no snapshot up to there", rec.Start.Index), Do: doRestore}
+	}
+	return nil, damage
+}
+
 // Identity is whose data a storage holds.
 type Identity struct {
 	ClusterID string
@@ -86,8 +117,9 @@ type SnapshotWriter interface {
 	// Sync makes what was written durable, as far as it goes, so that Commit
 	// need not do it all.
 	Sync() error
-	// Commit makes the snapshot durable and then visible, as a whole. Of the
-	// complete snapshots the two newest are kept.
+	// Commit makes the snapshot durable and then visible, as a whole, in place of
+	// one that ends at the same entry. Of the complete snapshots the two newest
+	// are kept.
 	Commit() error
 	// Abort forgets the snapshot. After Commit it does nothing.
 	Abort() error

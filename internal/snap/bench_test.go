@@ -19,7 +19,7 @@ func BenchmarkWrite(b *testing.B) {
 		dir := b.TempDir()
 		b.SetBytes(benchSize)
 		for b.Loop() {
-			w, err := Create(vfs.OS(), dir, "a", nil)
+			w, err := Create(vfs.OS(), dir, "a", nil, 1)
 			for n := 0; err == nil && n < benchSize; n += len(piece) {
 				_, err = w.Write(piece)
 			}
@@ -51,7 +51,7 @@ func BenchmarkWrite(b *testing.B) {
 func BenchmarkRead(b *testing.B) {
 	dir := b.TempDir()
 	data := payload(1, benchSize)
-	w, err := Create(vfs.OS(), dir, "a", nil)
+	w, err := Create(vfs.OS(), dir, "a", nil, 1)
 	if err != nil {
 		b.Fatal(err)
 	}

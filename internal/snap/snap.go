@@ -4,7 +4,6 @@
 package snap
 
 import (
-	"crypto/rand"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -39,15 +38,14 @@ type Writer struct {
 // Create begins a snapshot, under a temporary name in a directory that is made
 // if it is missing. What a crash left under that name is replaced. header, of
 // at most MaxHeaderBytes, is kept beside the payload; the caller gives it its
-// meaning. The caller ends the Writer with Commit or Abort; there may be one
-// per name at a time.
-func Create(fs vfs.FS, dir, name string, header []byte) (*Writer, error) {
-	var salt [8]byte
-	_, _ = rand.Read(salt[:]) // never fails; see its documentation
-	return create(fs, dir, name, header, binary.LittleEndian.Uint64(salt[:]), blockSize)
+// meaning. salt is random: it tells this file's blocks from those of others.
+// The caller ends the Writer with Commit or Abort; there may be one per name at
+// a time.
+func Create(fs vfs.FS, dir, name string, header []byte, salt uint64) (*Writer, error) {
+	return create(fs, dir, name, header, salt, blockSize)
 }
 
-// create is Create with a salt and a block size that tests choose.
+// create is Create with a block size that tests choose.
 func create(fsys vfs.FS, dir, name string, header []byte, salt uint64, blockSize int) (*Writer, error) {
 	path, err := pathOf(dir, name)
 	if err != nil {
