@@ -174,6 +174,9 @@ func (a *applier) runCapture(meta SnapshotMeta, upTo Index, captured Capture, wa
 		if err == nil {
 			err = w.Commit()
 		}
+		if err == nil {
+			cm.incoming.abort(meta.Last.Index)
+		}
 		if err != nil {
 			w.Abort() // what it can't remove, the next start does
 		}

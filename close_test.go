@@ -621,16 +621,19 @@ func openDescriptors(t *testing.T) int {
 // The error of Close names what runs, and nothing that does not.
 func TestStillRunningErrorNames(t *testing.T) {
 	for _, test := range []struct {
-		err         StillRunningError
-		apply, sync bool
+		err                   StillRunningError
+		apply, sync, snapshot bool
 	}{
-		{StillRunningError{Apply: 7}, true, false},
-		{StillRunningError{Flush: true}, false, true},
-		{StillRunningError{Apply: 7, Flush: true}, true, true},
-		{StillRunningError{}, false, false},
+		{StillRunningError{Apply: 7}, true, false, false},
+		{StillRunningError{Flush: true}, false, true, false},
+		{StillRunningError{Apply: 7, Flush: true}, true, true, false},
+		{StillRunningError{Snapshot: true}, false, false, true},
+		{StillRunningError{Apply: 7, Flush: true, Snapshot: true}, true, true, true},
+		{StillRunningError{}, false, false, false},
 	} {
 		text := test.err.Error()
-		if strings.Contains(text, "Apply of entry 7") != test.apply || strings.Contains(text, "a write") != test.sync || !strings.Contains(text, "call Close again") {
+		if strings.Contains(text, "Apply of entry 7") != test.apply || strings.Contains(text, "a write or fsync") != test.sync ||
+			strings.Contains(text, "WriteTo") != test.snapshot || !strings.Contains(text, "call Close again") {
 			t.Errorf("%+v: %s", test.err, text)
 		}
 	}

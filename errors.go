@@ -50,15 +50,20 @@ type StillRunningError struct {
 }
 
 func (e *StillRunningError) Error() string {
-	switch {
-	case e.Apply != 0 && e.Flush:
-		return fmt.Sprintf("raft: closed, but Apply of entry %d and a write of the log have not returned; call Close again to wait", e.Apply)
-	case e.Apply != 0:
-		return fmt.Sprintf("raft: closed, but Apply of entry %d has not returned; call Close again to wait", e.Apply)
-	case e.Flush:
-		return "raft: closed, but a write or fsync of the log has not returned; call Close again to wait"
+	var running []string
+	if e.Apply != 0 {
+		running = append(running, fmt.Sprintf("Apply of entry %d", e.Apply))
 	}
-	return "raft: closed, but a read of the log, a dial of Config.DialContext or a call of Config.Logger has not returned; call Close again to wait"
+	if e.Flush {
+		running = append(running, "a write or fsync of the log")
+	}
+	if e.Snapshot {
+		running = append(running, "a Capture's WriteTo or Close, or the writing of a snapshot's file")
+	}
+	if running == nil {
+		running = append(running, "a read of the log, a dial of Config.DialContext or a call of Config.Logger")
+	}
+	return fmt.Sprintf("raft: closed, but what runs has not returned: %s; call Close again to wait", strings.Join(running, "; "))
 }
 
 // ApplyError is why a node that still replicates and votes applies nothing any

@@ -225,6 +225,7 @@ func (o *snapshotSender) report() {
 type incomingSnapshot struct {
 	mu       sync.Mutex // held across writes to the snapshot's file; only senders of snapshots wait for it
 	id       [16]byte
+	last     Index          // of what it includes
 	w        SnapshotWriter // nil if there is none
 	unsynced int
 }
@@ -244,7 +245,7 @@ func (in *incomingSnapshot) take(storage Storage, a *snapshotArgs) (offset uint6
 		if in.w, err = storage.CreateSnapshot(a.Meta); err != nil {
 			return 0, false, err
 		}
-		in.id = a.Meta.ID
+		in.id, in.last = a.Meta.ID, a.Meta.Last.Index
 	}
 	if uint64(in.w.Size()) == a.Offset {
 		if _, err := in.w.Write(a.Data); err != nil {
@@ -275,10 +276,14 @@ func (in *incomingSnapshot) drop() {
 	in.w, in.unsynced = nil, 0
 }
 
-func (in *incomingSnapshot) abort() {
+// abort forgets what was received of a snapshot that ends at or before i: this
+// node has one of its own up to there, or is at its end.
+func (in *incomingSnapshot) abort(i Index) {
 	in.mu.Lock()
 	defer in.mu.Unlock()
-	in.drop()
+	if in.last <= i {
+		in.drop()
+	}
 }
 
 // serveSnapshots takes the blocks of a snapshot, one at a time.

@@ -399,7 +399,7 @@ func (cm *ConsensusModule) flush() error {
 func (cm *ConsensusModule) leaveDisk() {
 	if cm.diskUsers.leave() {
 		cm.flushing.Add(1)
-		cm.incoming.abort()
+		cm.incoming.abort(math.MaxInt64)
 		cm.storage.Close()
 		cm.flushing.Add(-1)
 	}

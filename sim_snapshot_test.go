@@ -203,6 +203,7 @@ func (s *sim) storeSnapshot(n *simNode, meta SnapshotMeta, w SnapshotWriter, res
 		return
 	}
 	s.snaps.Taken++
+	k.incoming.abort(meta.Last.Index)
 	k.stored(meta)
 	if s.boundary(n) {
 		return

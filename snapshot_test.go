@@ -482,7 +482,7 @@ func TestSnapshotResumes(t *testing.T) {
 type slowJournal struct{ journal }
 
 func (j *slowJournal) Apply(e Entry) []byte {
-	time.Sleep(time.Millisecond) // in virtual time
+	<-time.After(time.Millisecond) // in virtual time
 	return j.journal.Apply(e)
 }
 
