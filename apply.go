@@ -129,6 +129,7 @@ func (a *applier) next() (Entries, bool) {
 		hi = min(hi, cm.core.log.firstInMemory()-1)
 		cm.diskUsers.add()
 	}
+	cm.core.applyBegins(time.Now())
 	cm.mu.Unlock()
 	if !inMemory {
 		var err error
@@ -136,6 +137,7 @@ func (a *applier) next() (Entries, bool) {
 		cm.leaveDisk()
 		if err != nil {
 			cm.step(func(c *core) {
+				c.applyEnds()
 				if c.log.start.Index < lo { // otherwise a snapshot replaced it meanwhile
 					c.die(fmt.Errorf("raft: read entry %d to apply it: %w", lo, err))
 				}
@@ -215,6 +217,10 @@ func (a *applier) tell(run Entries, results [][]byte) {
 	cm.mu.Lock()
 	if cm.core.role != Dead { // otherwise die has told them
 		a.settled, a.woken = cm.pending.onApplied(run, results, a.settled[:0], a.woken[:0])
+		cm.core.applyEnds()
+		if len(a.read) > 0 {
+			cm.core.applyBegins(time.Now())
+		}
 		if cm.core.role == Leader && cm.core.firstOfTerm <= run.Last() {
 			cm.leadership.begin()
 		}

@@ -40,6 +40,8 @@ type core struct {
 	applyFailed      bool          // the state machine panicked: vote and replicate, but do not lead
 	removed          bool          // told that it is no member any more: it does not campaign
 	retired          bool          // this server is shutting down and does not campaign
+	unsyncedSince    time.Time     // the disk has confirmed nothing since, and has something to confirm
+	applyingSince    time.Time     // the state machine has been at work since
 	failure          error         // why the role is Dead
 
 	// Volatile state on leaders.
@@ -202,6 +204,9 @@ func (c *core) deriveSave() *Save {
 	if !changed && !moved && c.log.saved == c.log.last {
 		return nil
 	}
+	if c.lsn == c.durableLSN {
+		c.unsyncedSince = c.now
+	}
 	c.lsn++
 	s := &Save{LSN: c.lsn}
 	if changed {
@@ -244,6 +249,10 @@ func (c *core) persisted(lsn LSN, took time.Duration) {
 		return
 	}
 	c.durableLSN = lsn
+	c.unsyncedSince = time.Time{}
+	if c.lsn > lsn {
+		c.unsyncedSince = c.now
+	}
 	n := 0
 	for n < len(c.unsynced) && c.unsynced[n].lsn <= lsn {
 		c.durableIndex = max(c.durableIndex, c.unsynced[n].last)

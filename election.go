@@ -50,7 +50,7 @@ func (c *core) tick() {
 // that a node which can't win does not disturb the others with its term. §9.6
 // of the thesis.
 func (c *core) startCampaign() {
-	if !c.mayStand() || c.applyFailed || c.retired || c.removed {
+	if !c.mayStand() || c.removed || !c.fit() {
 		c.armElection()
 		return
 	}

@@ -51,6 +51,7 @@ const (
 	EventApplyFailed                            // Index, Err
 	EventMembership                             // Detail, as of entry Index
 	EventRemoved                                // Peer says that this node is no member any more
+	EventStuck                                  // Detail hangs: a leader gives leadership up
 	EventTransfer                               // leadership is being handed to Peer
 	EventSnapshotTaken                          // of this node's state, up to Index
 	EventSnapshotFailed                         // Err: it is tried again later
@@ -119,6 +120,8 @@ func (e Event) String() string {
 		return fmt.Sprintf("members as of entry %d: %s", e.Index, e.Detail)
 	case EventRemoved:
 		return fmt.Sprintf("was removed from the cluster, says %s; it does not campaign any more", e.Peer)
+	case EventStuck:
+		return fmt.Sprintf("gives leadership up: %s does not return, term=%d", e.Detail, e.Term)
 	case EventSnapshotTaken:
 		return fmt.Sprintf("has a snapshot up to entry %d", e.Index)
 	case EventSnapshotFailed:

@@ -59,6 +59,9 @@ func (c *core) heartbeat() {
 	if c.checkQuorum(); c.role != Leader {
 		return
 	}
+	if c.yield(); c.role != Leader {
+		return
+	}
 	c.beatAt = c.now
 	c.heartbeatLast, c.lastHeartbeat = c.lastHeartbeat, c.log.last
 	for _, p := range c.progress {
@@ -183,7 +186,7 @@ func (c *core) onAppendRequest(a *appendArgs, token any) {
 	}
 	r.Term, r.Wanted = c.currentTerm, c.wanted
 	c.send(m)
-	if a.Campaign && r.Success && c.configuration.voter(c.self) && !c.applyFailed && !c.retired {
+	if a.Campaign && r.Success && c.configuration.voter(c.self) && c.fit() {
 		c.becomeCandidate(true)
 	}
 }

@@ -26,7 +26,7 @@ import (
 // coreFiles hold the algorithm and what it is made of: no lock, clock,
 // goroutine, channel or I/O. The simulator runs exactly these.
 var coreFiles = []string{
-	"change.go", "core.go", "election.go", "entry.go", "errors.go", "event.go", "invariants.go", "log.go", "membership.go", "message.go", "outbox.go", "pending.go", "progress.go", "quorum.go", "readindex.go", "replication.go", "snapshot.go", "transfer.go",
+	"change.go", "core.go", "election.go", "entry.go", "errors.go", "event.go", "health.go", "invariants.go", "log.go", "membership.go", "message.go", "outbox.go", "pending.go", "progress.go", "quorum.go", "readindex.go", "replication.go", "snapshot.go", "transfer.go",
 }
 
 // coreImports are all that core files may import. Of the packages with a list,
