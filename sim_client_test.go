@@ -64,6 +64,12 @@ func (l *simClients) arrive(s *sim) {
 	if c == nil || c.role == Dead || n.pausedUntil > s.now {
 		return
 	}
+	if c.role == Leader && s.chance(0.3) {
+		run := n.run
+		if s.beginRead(n); n.run != run || n.core == nil {
+			return
+		}
+	}
 	if c.role == Leader && !c.hasRoom() || c.role != Leader && c.leader == 0 {
 		return
 	}

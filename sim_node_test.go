@@ -138,6 +138,7 @@ func (s *sim) end(n *simNode) {
 		s.record(simRecord{at: s.now, node: n.i, ev: e})
 	}
 	s.book.transition(s, n, &out)
+	s.readAnswered(n, out.answers)
 	if out.save != nil {
 		if s.boundary(n) {
 			return

@@ -145,6 +145,7 @@ type sim struct {
 	refused, hangups int // appends refused by followers of the same term, connections given up
 	losses           simLosses
 	snaps            simSnapshots
+	reads            simReads
 	hash             uint64
 	ring             []simRecord
 	done             bool
@@ -176,6 +177,7 @@ type simResult struct {
 	struck    []simStrike // the faults, in order
 	losses    simLosses
 	snaps     simSnapshots
+	reads     simReads
 	timeout   time.Duration
 	nodes     int
 	members   simMembers
@@ -196,7 +198,7 @@ type simPlan struct {
 func runSim(seed uint64, plan simPlan) (res simResult) {
 	s := newSim(seed, plan)
 	defer func() {
-		res.struck, res.timeout, res.losses, res.snaps = s.struck, s.swarm.timeout, s.losses, s.snaps
+		res.struck, res.timeout, res.losses, res.snaps, res.reads = s.struck, s.swarm.timeout, s.losses, s.snaps, s.reads
 		res.nodes = len(s.nodes)
 		res.hash, res.steps, res.simulated, res.healTimes = s.hash, s.steps, s.now, s.healTimes
 		res.committed, res.elections = Index(len(s.book.committed)), s.book.elections
@@ -601,6 +603,7 @@ type simSummary struct {
 	judged                  int
 	losses                  simLosses
 	snaps                   simSnapshots
+	reads                   simReads
 	answered, unknown       int
 	committed               Index
 	members                 simMembers
@@ -614,6 +617,7 @@ func (t *simSummary) add(r simResult) {
 	t.losses.add(r.losses)
 	t.members.add(&r.members)
 	t.snaps.add(r.snaps)
+	t.reads.add(r.reads)
 	t.steps += r.steps
 	t.elections += r.elections
 	t.answered += r.ok
@@ -631,9 +635,9 @@ func (t *simSummary) String() string {
 		}
 		return t.heals[int(p*float64(len(t.heals)-1))]
 	}
-	return fmt.Sprintf("%d seeds, %d steps in %v (%.0f/s), %v simulated (%.0f times real time), %d committed, %d elections, %d answered, %d unknown, %d histories judged by porcupine; disks: %+v; snapshots: %+v; %v; %d times healed: p50 %.2f p99 %.2f max %.2f election timeouts",
+	return fmt.Sprintf("%d seeds, %d steps in %v (%.0f/s), %v simulated (%.0f times real time), %d committed, %d elections, %d answered, %d unknown, %d histories judged by porcupine; disks: %+v; snapshots: %+v; reads: %+v; %v; %d times healed: p50 %.2f p99 %.2f max %.2f election timeouts",
 		t.seeds, t.steps, t.wall.Round(time.Millisecond), float64(t.steps)/t.wall.Seconds(), t.simulated.Round(time.Second), t.simulated.Seconds()/t.wall.Seconds(),
-		t.committed, t.elections, t.answered, t.unknown, t.judged, t.losses, t.snaps, &t.members, len(t.heals), at(0.5), at(0.99), at(1))
+		t.committed, t.elections, t.answered, t.unknown, t.judged, t.losses, t.snaps, t.reads, &t.members, len(t.heals), at(0.5), at(0.99), at(1))
 }
 
 // TestSim runs fresh seeds, or the one of -sim.seed.
@@ -649,7 +653,7 @@ func TestSim(t *testing.T) {
 	t.Logf("fresh seeds from -sim.base=%d", base)
 	sum := runSeeds(t, base, *simSeeds, *simDuration)
 	t.Log(sum)
-	if sum.seeds >= 20 && (sum.committed == 0 || sum.members.committed == 0 || sum.answered == 0 || len(sum.heals) == 0) {
+	if sum.seeds >= 20 && (sum.committed == 0 || sum.members.committed == 0 || sum.answered == 0 || sum.reads.allowed == 0 || sum.reads.refused == 0 || len(sum.heals) == 0) {
 		t.Errorf("the simulation did nothing: %v", sum)
 	}
 }
