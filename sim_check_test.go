@@ -81,10 +81,12 @@ func (b *ledger) appended(s *sim, node int, e Entries, prevTerm Term) {
 	}
 }
 
-// unsay forgets a leader's entries from first on. A cluster's only voter leads
-// before its own vote is durable; when it crashes then, its term has never left
-// it, and it may lead the same term once more.
+// unsay forgets a leader and its entries from first on. A cluster's only voter
+// leads before its own vote is durable; when it crashes then, its term has never
+// left it, and the same term may be led once more, also by another node where
+// the members have changed.
 func (b *ledger) unsay(first Index, term Term) {
+	delete(b.leaders, term)
 	for i := first; i < Index(len(b.entries)); i++ {
 		b.entries[i] = slices.DeleteFunc(b.entries[i], func(l ledgerEntry) bool { return l.term == term })
 	}
