@@ -161,8 +161,8 @@ func TestStorageReplacedLog(t *testing.T) {
 	}
 }
 
-// damageSnapshot flips a byte of a snapshot file of a crashed node: in the
-// payload, or near the end.
+// damageSnapshot flips a byte of a snapshot file of a crashed node, in the
+// payload or near the end, or, with a negative number, cuts bytes off its end.
 func damageSnapshot(t *testing.T, h *Harness, i int, which int, fromEnd int64) {
 	t.Helper()
 	disk := h.node(i).disk.mem
@@ -178,6 +178,12 @@ func damageSnapshot(t *testing.T, h *Harness, i int, which int, fromEnd int64) {
 	size, err := f.Size()
 	if err != nil {
 		t.Fatal(err)
+	}
+	if fromEnd < 0 {
+		if err := f.Truncate(size + fromEnd); err != nil {
+			t.Fatal(err)
+		}
+		return
 	}
 	b := make([]byte, 1)
 	if _, err := f.ReadAt(b, size-fromEnd); err != nil {
@@ -202,6 +208,8 @@ func TestDamagedSnapshot(t *testing.T) {
 		"end, log goes back":        {1 << 20, 1, false, true},
 		"state, log does not":       {1, 40, false, false},
 		"end, log does not":         {1, 1, false, false},
+		"truncated, log goes back":  {1 << 20, -10, false, true},
+		"truncated, log does not":   {1, -10, false, false},
 		"both states, log complete": {1 << 20, 40, true, false}, // the machine has seen half of one
 		"both ends, log complete":   {1 << 20, 1, true, true},
 	} {
