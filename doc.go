@@ -62,9 +62,11 @@ majority of its nodes lives.
   - Reading the state machine directly may return old data, on the leader too.
     Call [Server.ReadIndex] first.
   - Nodes are trusted: a node that lies, or a disk that says it has synced what
-    it has not, breaks every promise. So do two copies of one data directory
-    that run at once, and a directory that was set back to an older state;
-    neither is detected yet.
+    it has not, breaks every promise.
+  - A data directory that was set back to an older state is found out only by a
+    peer that runs and remembers a later start of it; a copy of one, only where
+    its identity file has another inode number, or by a peer that has heard from
+    both.
   - Nothing is encrypted or authenticated unless [Config.TLS] is set.
   - [MemoryStorage] promises nothing once its process has ended.
 
