@@ -789,14 +789,14 @@ func (a *voteArgs) decode(b []byte) error {
 }
 
 func (v *voteReply) encode(b []byte) []byte {
-	return append(appendUint64s(b, uint64(v.Term)), flag(v.Granted, 1)|flag(v.Removed, 2))
+	return append(appendUint64s(b, uint64(v.Term)), flag(v.Granted, 1)|flag(v.Removed, 2)|flag(v.Behind, 4))
 }
 
 func (v *voteReply) decode(b []byte) error {
 	r := reader{b: b}
 	v.Term = Term(r.uint64())
-	f := r.flags(3)
-	v.Granted, v.Removed = f&1 != 0, f&2 != 0
+	f := r.flags(7)
+	v.Granted, v.Removed, v.Behind = f&1 != 0, f&2 != 0, f&4 != 0
 	return r.finish()
 }
 

@@ -188,7 +188,7 @@ func TestBodiesRoundTrip(t *testing.T) {
 		unsealed.add(entryCommand, []byte("one at least"))
 		bodies := []wireBody{
 			&voteArgs{Term(u("term")), memberID(u("candidate")), drawEntryID(t, "last"), b("pre-vote"), b("transfer")},
-			&voteReply{Term(u("term")), b("granted"), b("removed")},
+			&voteReply{Term(u("term")), b("granted"), b("removed"), b("behind")},
 			&appendArgs{Term: term + Term(u("later")%1000), Leader: memberID(u("leader")), Seq: u("number"),
 				Prev: EntryID{first - 1, term}, Commit: Index(u("commit")), Heartbeat: run == nil && b("heartbeat"), Entries: run},
 			&appendReply{Term: Term(u("term")), Success: b("success"), Hint: drawEntryID(t, "hint"), Wanted: Index(u("wanted"))},
@@ -488,7 +488,7 @@ func TestEveryMethod(t *testing.T) {
 	}
 	vote := &call[voteReply]{}
 	do(methodRequestVote, &call[voteArgs]{V: voteArgs{Term: 7, PreVote: true}}, vote)
-	if want := (voteReply{7, true, false}); vote.V != want {
+	if want := (voteReply{7, true, false, false}); vote.V != want {
 		t.Errorf("got %+v, want %+v", vote.V, want)
 	}
 	beat := &call[appendReply]{}

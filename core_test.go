@@ -180,6 +180,43 @@ func TestStarvingIsFoundOutByAsking(t *testing.T) {
 	}
 }
 
+// A candidate that is told of a better log lets others campaign first; one that
+// merely loses tries again like any other. (Simulator, seed 1795521486681172653:
+// two candidates raised their terms in step for 20 timeouts.)
+func TestCandidateBehindStandsBack(t *testing.T) {
+	for _, behind := range []bool{false, true} {
+		c := testCore(t, 1, 3)
+		c.now = c.electionDeadline
+		c.tick()
+		asked := persist(t, c)
+		before := c.electionDeadline
+		for range 2 { // two voters, or one twice: it waits once
+			for _, m := range asked {
+				c.onVoteReply(m.to, m.vote, &voteReply{Term: c.currentTerm, Behind: behind})
+			}
+		}
+		want := before
+		if behind {
+			want = before.Add(2 * c.limits.electionTimeout)
+		}
+		if c.role != Candidate || !c.electionDeadline.Equal(want) {
+			t.Errorf("behind %v: %v campaigns again at %v, want %v", behind, c.role, c.electionDeadline, want)
+		}
+		c.now = c.electionDeadline
+		c.tick()
+		old := asked[0].vote
+		deadline := c.electionDeadline
+		if c.onVoteReply(2, old, &voteReply{Term: 1, Behind: true}); !c.electionDeadline.Equal(deadline) {
+			t.Error("an answer to an earlier campaign holds up this one")
+		}
+	}
+	voter := testCore(t, 2, 3)
+	voter.onVoteRequest(&voteArgs{Term: 1, Candidate: 1, Last: EntryID{0, 0}}, "t")
+	if out := voter.finish(); len(out.msgs) != 1 || !out.msgs[0].voteReply.Behind || out.msgs[0].voteReply.Granted {
+		t.Errorf("a voter with a better log answers %+v", out.msgs)
+	}
+}
+
 // A refusal may overtake the acknowledgement of the append before it. What was
 // refused must be sent again all the same. (Simulator, seed 171.)
 func TestRefusalBehindLaterAcknowledgement(t *testing.T) {

@@ -10,6 +10,7 @@ type campaign struct {
 	preVote bool
 	term    Term       // asked for
 	granted []memberID // ascending arrival; self first
+	behind  bool       // a voter has a better log
 }
 
 // armElection draws a new deadline, so that split votes are rare (§5.2).
@@ -135,7 +136,7 @@ func (c *core) onVoteRequest(a *voteArgs, token any) {
 		}
 	}
 	c.send(message{to: a.Candidate, token: token, voteReply: &voteReply{
-		Term: c.currentTerm, Granted: granted, Removed: c.wasRemoved(a.Candidate),
+		Term: c.currentTerm, Granted: granted, Removed: c.wasRemoved(a.Candidate), Behind: !c.upToDate(a.Last),
 	}})
 }
 
@@ -163,7 +164,13 @@ func (c *core) upToDate(other EntryID) bool {
 
 // onVoteReply counts a vote if it answers the campaign that is still on.
 func (c *core) onVoteReply(from memberID, a *voteArgs, r *voteReply) {
-	if c.role == Dead || c.stepDownFor(from, r.Term) {
+	if c.role == Dead {
+		return
+	}
+	if r.Behind {
+		c.standBack(a)
+	}
+	if c.stepDownFor(from, r.Term) {
 		return
 	}
 	if r.Removed && a.Candidate == c.self && !c.removed && c.configuration.has(from) {
@@ -181,6 +188,19 @@ func (c *core) onVoteReply(from memberID, a *voteArgs, r *voteReply) {
 	}
 	k.granted = append(k.granted, from)
 	c.countVotes()
+}
+
+// standBack lets those campaign first that have a better log than this
+// candidate, which a voter said exist. Without pre-votes it would otherwise
+// raise its term in step with theirs: a candidate that is not known here as a
+// voter, because this log lags, is not asked and so not told of the term, comes
+// second in each, and finds this server's vote spent on itself.
+func (c *core) standBack(a *voteArgs) {
+	k := c.campaign
+	if k != nil && !k.preVote && !a.PreVote && a.Term == k.term && !k.behind {
+		k.behind = true
+		c.electionDeadline = c.electionDeadline.Add(2 * c.limits.electionTimeout)
+	}
 }
 
 // stepDownFor obeys a higher term in a reply (§5.1), if it is a member's.

@@ -24,6 +24,7 @@ type voteReply struct {
 	Term    Term
 	Granted bool
 	Removed bool // the candidate is no member any more
+	Behind  bool // the voter's log is more up to date than the candidate's (§5.4.1)
 }
 
 // appendArgs is AppendEntries (Figure 2). A heartbeat is one without entries
