@@ -155,7 +155,7 @@ func (c *core) installSnapshot(meta *SnapshotMeta) {
 	if c.role == Leader {
 		panic(invariantError("leader of term %d lacks entry %v, which a snapshot includes", c.currentTerm, meta.Last))
 	}
-	if c.campaign != nil {
+	if c.role == Candidate || c.campaign != nil {
 		c.becomeFollower(c.currentTerm, 0) // it was begun with another log, perhaps as another member
 	}
 	c.log.replace(meta.Last)

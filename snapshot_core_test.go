@@ -202,26 +202,32 @@ func TestInstallRacesNewerSnapshot(t *testing.T) {
 // A server that campaigns when a snapshot replaces its log stops that: it may be
 // another member by the new configuration. (Simulator, seed 101927.)
 func TestInstallEndsCampaign(t *testing.T) {
-	c := followerWith(t, 8, 3)
-	c.name = "a"
-	conf := configuration{members: []member{{id: 2, name: "b"}, {id: 3, name: "c"}, {id: 9, name: "a"}}}
-	meta := snapshotUpTo(20, 1, 2)
-	meta.Config = conf.encode()
-	c.onInstallSnapshot(&snapshotArgs{Term: 1, Leader: 2, Meta: meta}, &snapshotReply{})
-	c.now = c.electionDeadline
-	c.tick()
-	asked := persist(t, c)
-	if c.role != Candidate || len(asked) != 2 {
-		t.Fatalf("role is %v, %d votes are asked for", c.role, len(asked))
-	}
-	c.installSnapshot(&meta)
-	persist(t, c)
-	for _, m := range asked {
-		c.onVoteReply(m.to, m.vote, &voteReply{Term: m.vote.Term, Granted: true})
-	}
-	persist(t, c)
-	if c.role != Follower || c.self != 9 || c.votedFor != 1 {
-		t.Errorf("member %d is %v and voted for %d", c.self, c.role, c.votedFor)
+	for _, told := range []bool{false, true} { // that it was removed, which ends the asking but not the candidacy
+		c := followerWith(t, 8, 3)
+		c.name = "a"
+		conf := configuration{members: []member{{id: 2, name: "b"}, {id: 3, name: "c"}, {id: 9, name: "a"}}}
+		meta := snapshotUpTo(20, 1, 2)
+		meta.Config = conf.encode()
+		c.onInstallSnapshot(&snapshotArgs{Term: 1, Leader: 2, Meta: meta}, &snapshotReply{})
+		c.now = c.electionDeadline
+		c.tick()
+		asked := persist(t, c)
+		if c.role != Candidate || len(asked) != 2 {
+			t.Fatalf("role is %v, %d votes are asked for", c.role, len(asked))
+		}
+		if told {
+			c.onVoteReply(2, asked[0].vote, &voteReply{Term: 1, Removed: true})
+			persist(t, c)
+		}
+		c.installSnapshot(&meta)
+		persist(t, c)
+		for _, m := range asked {
+			c.onVoteReply(m.to, m.vote, &voteReply{Term: m.vote.Term, Granted: true})
+		}
+		persist(t, c)
+		if c.role != Follower || c.self != 9 || c.votedFor != 1 {
+			t.Errorf("told %v: member %d is %v and voted for %d", told, c.self, c.role, c.votedFor)
+		}
 	}
 }
 
