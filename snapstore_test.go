@@ -271,6 +271,7 @@ func TestSnapshotFoundIsDurable(t *testing.T) {
 	open := func() *diskStorage {
 		d := newDiskStorage(&Config{Dir: "data", MaxLogMemoryBytes: 1, MaxSegmentBytes: 1 << 20})
 		d.fs = mem
+		t.Cleanup(func() { d.Close() }) // it may fail: the files are those of a process that was killed
 		return d
 	}
 	s := open()
@@ -307,6 +308,7 @@ func TestSnapshotFilesHaveSalts(t *testing.T) {
 	s := newDiskStorage(&Config{Dir: "data", MaxLogMemoryBytes: 1, MaxSegmentBytes: 1 << 20})
 	s.fs = mem
 	mustOpen(t, s)
+	defer s.Close()
 	files := map[string]bool{}
 	for i := Index(5); i < 8; i++ {
 		storeSnapshot(t, s, snapshotUpTo(i, 1, byte(i)), "the same state")
