@@ -86,10 +86,6 @@ type snapshotSender struct {
 	reported time.Time
 }
 
-// snapshotPatience is how long a follower may make no progress, in election
-// timeouts. The log behind the snapshot is kept for so long.
-const snapshotPatience = 10
-
 // run sends until the follower has everything, or nothing more can come of it.
 func (o *snapshotSender) run() error {
 	s := o.server

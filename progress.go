@@ -29,6 +29,7 @@ type progress struct {
 	paused                     bool   // its connection broke: nothing is sent before the next sign of life or heartbeat
 	snapshotSent, snapshotSize uint64 // bytes, while snapshotting
 	snapshot                   Index  // while snapshotting: the log above it is kept
+	catchingUp                 bool   // it had a snapshot and not yet what was committed since: the log above match is kept
 
 	lastContact  time.Time // any answer of this term
 	round        uint64    // it has answered what was sent in this round of reads

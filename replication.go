@@ -272,6 +272,7 @@ func (c *core) onAppendReply(from memberID, a *appendArgs, r *appendReply) {
 				p.match, p.matchTerm = match, t
 			}
 			p.next = max(p.next, p.match+1)
+			p.catchingUp = p.catchingUp && p.match < c.commitIndex
 			switch {
 			case p.state == probing && a.Seq >= p.epoch:
 				p.state = streaming

@@ -54,9 +54,14 @@ func (c *core) snapshotTaken(last EntryID, upTo Index) {
 	c.compact(min(upTo, last.Index))
 }
 
+// snapshotPatience is how long a follower that is sent a snapshot, or what
+// follows it, may make no progress, in election timeouts. The log is kept for it
+// for so long.
+const snapshotPatience = 10
+
 // compact forgets entries up to and including i, which must be applied. Those
-// that follow a snapshot on its way to a follower stay until it has arrived:
-// else the follower would need the next one. What is not durable stays as well:
+// that follow a snapshot on its way to a follower stay until the follower has
+// them: else it would need the next snapshot, and the one after that. What is not durable stays as well:
 // a snapshot may be written sooner than the log. And so does the newest entry:
 // after a restart its time is the least for the next one.
 func (c *core) compact(i Index) {
@@ -68,8 +73,11 @@ func (c *core) compact(i Index) {
 	}
 	i = min(i, c.durableIndex)
 	for _, p := range c.progress {
-		if p.state == snapshotting {
+		switch {
+		case p.state == snapshotting:
 			i = min(i, p.snapshot)
+		case p.catchingUp && c.now.Sub(p.lastProgress) < snapshotPatience*c.limits.electionTimeout:
+			i = min(i, max(p.match, p.snapshot))
 		}
 	}
 	c.log.compact(min(i, c.log.last-1))
@@ -79,7 +87,7 @@ func (c *core) compact(i Index) {
 // the last entry that was compacted (§7).
 func (c *core) sendSnapshot(p *progress) {
 	p.probeFrom(p.match+1, c.appendSeq) // its window is given up
-	p.state = snapshotting
+	p.state, p.catchingUp = snapshotting, false
 	p.snapshot = c.newestSnapshot.Index
 	c.emit(Event{Kind: EventFollowerStarved, Peer: p.id.label(c), Index: c.log.start.Index})
 	c.out.snapshots = append(c.out.snapshots, snapshotRequest{p.id, c.currentTerm})
@@ -107,6 +115,7 @@ func (c *core) snapshotSent(q snapshotRequest, last EntryID, err error) {
 	next := p.match + 1
 	if err == nil {
 		next = last.Index + 1
+		p.snapshot, p.catchingUp, p.lastProgress = last.Index, true, c.now
 	}
 	// There must be an entry to probe with, also if nothing followed the snapshot.
 	p.probeFrom(min(next, c.log.last), c.appendSeq)

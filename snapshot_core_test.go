@@ -324,7 +324,17 @@ func TestCompactionWaitsForTransfer(t *testing.T) {
 		}
 		commitOne(t, c)
 		c.snapshotTaken(EntryID{c.commitIndex, 1}, c.commitIndex)
-		if persist(t, c); c.log.start.Index != c.commitIndex-1 {
+		persist(t, c)
+		if err == nil { // it must get what follows, or it would need the next snapshot
+			if c.log.start != sent {
+				t.Fatalf("log starts after %v while a follower catches up from %v", c.log.start, sent)
+			}
+			c.now = c.now.Add(snapshotPatience * c.limits.electionTimeout) // and it does not
+			commitOne(t, c)
+			c.snapshotTaken(EntryID{c.commitIndex, 1}, c.commitIndex)
+			persist(t, c)
+		}
+		if c.log.start.Index != c.commitIndex-1 {
 			t.Errorf("log starts after %v once nothing is on its way, commit index is %d", c.log.start, c.commitIndex)
 		}
 		if err != nil {
@@ -333,6 +343,28 @@ func TestCompactionWaitsForTransfer(t *testing.T) {
 				t.Errorf("after a heartbeat: %+v, want a probe", again)
 			}
 		}
+	}
+}
+
+// A follower that has caught up once after a snapshot holds up nothing.
+func TestCompactionAfterCatchingUp(t *testing.T) {
+	c, q := leaderSnapshotting(t)
+	sent := c.newestSnapshot
+	for range 3 {
+		commitOne(t, c)
+	}
+	c.snapshotSent(q, sent, nil)
+	for acked := 0; c.progressOf(2).match < c.log.last; acked++ {
+		if acked > 20 {
+			t.Fatalf("it did not catch up: %+v", c.progressOf(2))
+		}
+		for _, a := range appendsTo(2, persist(t, c)) {
+			ack(c, 2, a)
+		}
+	}
+	c.snapshotTaken(EntryID{c.commitIndex, 1}, c.commitIndex)
+	if persist(t, c); c.log.start.Index != c.commitIndex-1 {
+		t.Errorf("log starts after %v, commit index is %d", c.log.start, c.commitIndex)
 	}
 }
 
