@@ -76,6 +76,12 @@ func (l *Log) recover(ctx context.Context, replay func(LSN, Record) error) error
 	if err := l.adoptSpares(names); err != nil {
 		return err
 	}
+	// A process that was killed between renaming and syncing may have left a
+	// spare which a power cut would give its old name back, as a segment of the
+	// log. It must not be written to before its name is certain.
+	if err := l.o.FS.SyncDir(l.o.Dir); err != nil {
+		return fmt.Errorf("wal: sync the log's directory: %w", err)
+	}
 	if err := l.resume(r); err != nil {
 		return fmt.Errorf("wal: make what was recovered durable: %w", err)
 	}
