@@ -227,8 +227,10 @@ type incomingSnapshot struct {
 }
 
 // take writes a block if it continues what is there, and says how much there
-// is. It returns true if the snapshot is complete and durable.
-func (in *incomingSnapshot) take(storage Storage, a *snapshotArgs) (offset uint64, complete bool, err error) {
+// is. It returns true if the snapshot is complete and durable; installed has
+// then told the core. No other may be stored before that: a storage keeps two,
+// and one of them must be the newest that the core knows.
+func (in *incomingSnapshot) take(storage Storage, a *snapshotArgs, installed func()) (offset uint64, complete bool, err error) {
 	in.mu.Lock()
 	defer in.mu.Unlock()
 	defer func() {
@@ -261,6 +263,7 @@ func (in *incomingSnapshot) take(storage Storage, a *snapshotArgs) (offset uint6
 		return 0, false, err
 	}
 	in.w = nil
+	installed()
 	return offset, true, nil
 }
 
@@ -315,14 +318,13 @@ func (v *service) InstallSnapshot(args *call[snapshotArgs], reply *call[snapshot
 	})
 	if err == nil && wanted {
 		cm.writing.Add(1)
-		r.Offset, r.Done, err = cm.incoming.take(s.storage, a)
+		meta := a.Meta
+		r.Offset, r.Done, err = cm.incoming.take(s.storage, a, func() {
+			cm.stepThenFlush(func(c *core) { c.installSnapshot(&meta) })
+		})
 		cm.writing.Add(-1)
 		if err != nil {
 			s.report(v.conn.from, "receiving a snapshot", err)
-		}
-		if r.Done {
-			meta := a.Meta
-			cm.stepThenFlush(func(c *core) { c.installSnapshot(&meta) })
 		}
 	}
 	for cm.unflushed() && !s.stopping() {

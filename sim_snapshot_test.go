@@ -54,6 +54,7 @@ type nodeSnapshots struct {
 	// Of the current run.
 	capturing bool
 	incoming  *incomingSnapshot
+	late      *func() // an install that is to come; nothing is stored before it
 	replies   []simBlockReply
 	lastTime  time.Time // of the newest entry that the state includes
 	config    configAt  // the newest configuration that the state includes
@@ -388,9 +389,14 @@ func (s *sim) takeBlock(n *simNode, call *simCall, r *snapshotReply) {
 		return
 	}
 	k, a := &n.snaps, call.snapshot
+	if run := n.run; k.late != nil {
+		if (*k.late)(); n.run != run || n.core == nil {
+			return
+		}
+	}
 	k.tried[a.Meta.ID] = a.Meta
 	err := s.snapshotIO(n, func() (err error) {
-		r.Offset, r.Done, err = k.incoming.take(n.storage(), a)
+		r.Offset, r.Done, err = k.incoming.take(n.storage(), a, func() {})
 		return err
 	})
 	switch {
@@ -412,7 +418,16 @@ func (s *sim) takeBlock(n *simNode, call *simCall, r *snapshotReply) {
 		return
 	}
 	if s.strikes(faultInstallLate, n.i, s.swarm.installLateP) {
-		s.later(n, s.someTimeouts(0.1, 20), func() { s.install(n, call, r) }) // others may bring what it includes
+		// Others may bring what it includes, but no snapshot is stored meanwhile.
+		late := new(func())
+		*late = func() {
+			if k.late == late {
+				k.late = nil
+				s.install(n, call, r)
+			}
+		}
+		k.late = late
+		s.later(n, s.someTimeouts(0.1, 20), *late)
 		return
 	}
 	s.install(n, call, r)
