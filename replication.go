@@ -4,9 +4,7 @@ import "time"
 
 // stamp returns the time for a new entry: wall time, never decreasing along the log.
 func (c *core) stamp() time.Time {
-	if c.now.After(c.lastTime) {
-		c.lastTime = c.now
-	}
+	c.noteTime(c.now)
 	return c.lastTime
 }
 
@@ -14,9 +12,14 @@ func (c *core) stamp() time.Time {
 // leader's clock may be behind the previous one's.
 func (c *core) sawTime(e Entries) {
 	if n := e.Len(); n > 0 {
-		if at := e.entry(n - 1).Time; at.After(c.lastTime) {
-			c.lastTime = at
-		}
+		c.noteTime(e.entry(n - 1).Time)
+	}
+}
+
+// noteTime keeps later stamps from going back behind at.
+func (c *core) noteTime(at time.Time) {
+	if at.After(c.lastTime) {
+		c.lastTime = at
 	}
 }
 

@@ -173,9 +173,7 @@ func (c *core) installSnapshot(meta *SnapshotMeta) {
 		c.unsynced[i].last = min(c.unsynced[i].last, meta.Last.Index)
 	}
 	c.durableIndex = meta.Last.Index // the snapshot is durable; its own entries are all there is
-	if meta.Time.After(c.lastTime) {
-		c.lastTime = meta.Time
-	}
+	c.noteTime(meta.Time)
 	c.configs = []configEntry{{meta.ConfigIndex, conf}}
 	c.useNewest()
 	c.emit(Event{Kind: EventSnapshotInstalled, Index: meta.Last.Index})
@@ -191,9 +189,7 @@ func (c *core) continues(meta *SnapshotMeta) error {
 		return &StateMachineError{State: meta.Last, Log: c.log.lastID()}
 	}
 	c.commitIndex = max(c.commitIndex, meta.Last.Index)
-	if meta.Time.After(c.lastTime) {
-		c.lastTime = meta.Time
-	}
+	c.noteTime(meta.Time)
 	return nil
 }
 
@@ -204,9 +200,7 @@ func (c *core) restored(meta *SnapshotMeta) {
 	if meta.Last.Term > c.currentTerm {
 		c.becomeFollower(meta.Last.Term, 0) // it was durable before the term was
 	}
-	if meta.Time.After(c.lastTime) {
-		c.lastTime = meta.Time
-	}
+	c.noteTime(meta.Time)
 	c.installSnapshot(meta)
 	if c.electionDeadline.IsZero() && len(c.configuration.members) > 0 {
 		c.armElection()
