@@ -78,6 +78,10 @@ func (c *core) becomeCandidate(transfer bool) {
 	c.ask(&campaign{term: c.currentTerm}, transfer)
 }
 
+// ask sends the requests of a campaign to the voters. Learners are asked for
+// votes too, though none is counted (quorum): so that they hear of the term. One
+// that lags may be a voter by a newer configuration, and would otherwise fall a
+// term behind, or run a term ahead, of candidates that do not know it.
 func (c *core) ask(k *campaign, transfer bool) {
 	k.granted = []memberID{c.self}
 	c.campaign = k
@@ -86,7 +90,7 @@ func (c *core) ask(k *campaign, transfer bool) {
 		c.emit(Event{Kind: EventPreVote})
 	}
 	for _, m := range c.configuration.members {
-		if m.id != c.self && c.configuration.voter(m.id) {
+		if m.id != c.self && (!k.preVote || c.configuration.voter(m.id)) {
 			c.send(message{to: m.id, vote: &voteArgs{
 				Term: k.term, Candidate: c.self, Last: c.log.lastID(), PreVote: k.preVote, Transfer: transfer,
 			}})
@@ -178,7 +182,7 @@ func (c *core) onVoteReply(from memberID, a *voteArgs, r *voteReply) {
 		c.emit(Event{Kind: EventRemoved, Peer: from.label(c)})
 	}
 	k := c.campaign
-	if k == nil || a.PreVote != k.preVote || a.Term != k.term || !r.Granted {
+	if k == nil || a.PreVote != k.preVote || a.Term != k.term || !r.Granted || !c.configuration.voter(from) {
 		return
 	}
 	for _, id := range k.granted {

@@ -432,6 +432,45 @@ func TestLearnerDoesNotStandBeforeJoint(t *testing.T) {
 	}
 }
 
+// Learners are asked for votes, so that they hear of the term, and not for
+// pre-votes, which carry none; their votes count nothing. (Simulator, seed
+// 1795521486681170229.)
+func TestLearnersHearOfElections(t *testing.T) {
+	for _, preVote := range []bool{true, false} {
+		c := testCore(t, 1, 3)
+		c.limits.preVote = preVote
+		c.configuration = confOf(false, "vvl")
+		c.now = c.electionDeadline
+		c.tick()
+		sent := persist(t, c)
+		if preVote {
+			if len(sent) != 1 || sent[0].to != 2 || !sent[0].vote.PreVote {
+				t.Fatalf("asked for pre-votes: %+v; want member 2", sent)
+			}
+			c.onVoteReply(2, sent[0].vote, &voteReply{Granted: true})
+			sent = persist(t, c)
+		}
+		if len(sent) != 2 || sent[0].to != 2 || sent[1].to != 3 || sent[1].vote.Term != 1 {
+			t.Fatalf("asked for votes: %+v; want members 2 and 3", sent)
+		}
+		c.onVoteReply(3, sent[1].vote, &voteReply{Term: 1, Granted: true})
+		if persist(t, c); c.role != Candidate {
+			t.Fatalf("it is a %v by the vote of a learner", c.role)
+		}
+		c.onVoteReply(2, sent[0].vote, &voteReply{Term: 1, Granted: true})
+		out := c.finish()
+		votes := 0
+		for _, e := range out.events {
+			if e.Kind == EventElected {
+				votes = e.Votes
+			}
+		}
+		if c.role != Leader || votes != 2 {
+			t.Errorf("it is a %v, elected with %d votes; want a leader with 2", c.role, votes)
+		}
+	}
+}
+
 // A voter that is to leave may be the only one that has the configuration
 // without it. It must stand for election, because it votes for no shorter log,
 // but its own vote counts nothing; once the entry is committed it stands no more

@@ -337,8 +337,7 @@ func (s *sim) highestLeader() (best *simNode) {
 }
 
 // phase heals a random majority after a round of faults, and checks ten
-// election timeouts later at the latest, twenty where members change, that it
-// works again.
+// election timeouts later at the latest, that it works again.
 func (s *sim) phase() {
 	if s.faulty {
 		s.heal()
@@ -356,11 +355,6 @@ func (s *sim) phase() {
 		return
 	}
 	patience := 10 * s.swarm.timeout
-	if s.swarm.spares > 0 {
-		// Nodes with different configurations may not ask each other for votes, so
-		// that neither hears the other's term, and each is ahead in turn.
-		patience *= 2
-	}
 	if s.now-s.phaseStarted > patience {
 		s.fail("liveness: %v after healing nodes %v: %s", patience, s.core, s.describe())
 	}

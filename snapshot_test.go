@@ -522,3 +522,38 @@ func TestSnapshotSaysWhatItIncludes(t *testing.T) {
 		}
 	}, WithStateMachine(func() StateMachine { return &slowJournal{} }))
 }
+
+// Two connections bring snapshots at once. The core must know of the one that
+// was stored first before the other may be stored: a storage keeps two, so a
+// third would drop one that the core is about to restore. (Simulator, seed
+// 99003566.)
+func TestReceivedSnapshotIsNotedBeforeTheNext(t *testing.T) {
+	storage := NewMemoryStorage()
+	if _, err := storage.Open(t.Context(), Identity{}); err != nil {
+		t.Fatal(err)
+	}
+	var in incomingSnapshot
+	noted := 0
+	for i := range Index(3) {
+		meta := SnapshotMeta{ID: [16]byte{byte(i + 1)}, Last: EntryID{i + 5, 1}}
+		a := &snapshotArgs{Meta: meta, Size: 4, Data: []byte("data")}
+		_, done, err := in.take(storage, a, func() {
+			noted++
+			if in.mu.TryLock() {
+				in.mu.Unlock()
+				t.Errorf("snapshot %d is stored but not noted, and another may come", i)
+			}
+			if _, r, err := storage.OpenSnapshot(meta.Last); err != nil {
+				t.Errorf("snapshot %d is to be noted: %v", i, err)
+			} else {
+				r.Close()
+			}
+		})
+		if err != nil || !done {
+			t.Fatalf("snapshot %d: done %v, %v", i, done, err)
+		}
+	}
+	if noted != 3 {
+		t.Errorf("%d of 3 snapshots were noted", noted)
+	}
+}
