@@ -802,7 +802,11 @@ func (v *voteReply) decode(b []byte) error {
 
 func (a *appendArgs) encode(b []byte) []byte {
 	b = appendUint64s(b, uint64(a.Term), uint64(a.Leader), a.Seq, uint64(a.Prev.Index), uint64(a.Prev.Term), uint64(a.Commit))
-	return append(b, flag(a.Heartbeat, 1)|flag(a.Campaign, 2))
+	b = append(b, flag(a.Heartbeat, 1)|flag(a.Campaign, 2)|flag(a.Lease > 0, 4))
+	if a.Lease > 0 {
+		b = appendUint64s(b, uint64(a.Lease))
+	}
+	return b
 }
 
 // decode keeps b: the entries refer to it.
@@ -810,8 +814,15 @@ func (a *appendArgs) decode(b []byte) error {
 	r := reader{b: b}
 	a.Term, a.Leader, a.Seq = Term(r.uint64()), memberID(r.uint64()), r.uint64()
 	a.Prev, a.Commit = r.entryID(), Index(r.uint64())
-	f := r.flags(3)
-	a.Heartbeat, a.Campaign = f&1 != 0, f&2 != 0
+	f := r.flags(7)
+	a.Heartbeat, a.Campaign, a.Lease = f&1 != 0, f&2 != 0, 0
+	if f&4 != 0 {
+		lease := r.uint64()
+		if !a.Heartbeat || a.Campaign || lease == 0 || lease > uint64(maxLeasePromise) {
+			return fmt.Errorf("asks for a promise of %d ns, flags %d", lease, f)
+		}
+		a.Lease = time.Duration(lease)
+	}
 	encoded := r.bytes(uint64(len(r.b)))
 	if err := r.finish(); err != nil {
 		return err
@@ -839,13 +850,14 @@ func (a *appendArgs) decode(b []byte) error {
 
 func (v *appendReply) encode(b []byte) []byte {
 	b = appendUint64s(b, uint64(v.Term), uint64(v.Hint.Index), uint64(v.Hint.Term), uint64(v.Wanted))
-	return append(b, flag(v.Success, 1))
+	return append(b, flag(v.Success, 1)|flag(v.Promised, 2))
 }
 
 func (v *appendReply) decode(b []byte) error {
 	r := reader{b: b}
 	v.Term, v.Hint, v.Wanted = Term(r.uint64()), r.entryID(), Index(r.uint64())
-	v.Success = r.flags(1) != 0
+	f := r.flags(3)
+	v.Success, v.Promised = f&1 != 0, f&2 != 0
 	return r.finish()
 }
 
@@ -928,11 +940,13 @@ func (v *snapshotReply) decode(b []byte) error {
 	return r.finish()
 }
 
-func (a *readArgs) encode(b []byte) []byte { return appendUint64s(b, uint64(a.From)) }
+func (a *readArgs) encode(b []byte) []byte {
+	return append(appendUint64s(b, uint64(a.From)), flag(a.Lease, 1))
+}
 
 func (a *readArgs) decode(b []byte) error {
 	r := reader{b: b}
-	a.From = memberID(r.uint64())
+	a.From, a.Lease = memberID(r.uint64()), r.flags(1) != 0
 	return r.finish()
 }
 

@@ -191,7 +191,8 @@ func TestBodiesRoundTrip(t *testing.T) {
 			&voteReply{Term(u("term")), b("granted"), b("removed"), b("behind")},
 			&appendArgs{Term: term + Term(u("later")%1000), Leader: memberID(u("leader")), Seq: u("number"),
 				Prev: EntryID{first - 1, term}, Commit: Index(u("commit")), Heartbeat: run == nil && b("heartbeat"), Entries: run},
-			&appendReply{Term: Term(u("term")), Success: b("success"), Hint: drawEntryID(t, "hint"), Wanted: Index(u("wanted"))},
+			&appendArgs{Term: term, Leader: memberID(u("leader")), Prev: EntryID{first - 1, term}, Heartbeat: true, Lease: time.Duration(rapid.Int64Range(1, int64(maxLeasePromise)).Draw(t, "lease"))},
+			&appendReply{Term: Term(u("term")), Success: b("success"), Hint: drawEntryID(t, "hint"), Wanted: Index(u("wanted")), Promised: b("promised")},
 			&forwardArgs{From: memberID(u("from")), Count: len(data) + 1, Encoded: unsealed.buf},
 			&forwardReply{forwardRefusal(rapid.Byte().Draw(t, "refusal")), drawEntryID(t, "first"), memberID(u("leader"))},
 			&snapshotArgs{Term: term + 1, Leader: memberID(u("leader")), Meta: SnapshotMeta{
@@ -199,6 +200,8 @@ func TestBodiesRoundTrip(t *testing.T) {
 				ConfigIndex: 1, Config: (&configuration{members: []member{{id: 1, name: "a", addr: "a:1"}}}).encode(),
 			}, Size: 1 << 40, Offset: u("offset") % (1 << 39), Data: unsealed.buf},
 			&snapshotReply{Term(u("term")), u("offset"), b("done")},
+			&readArgs{memberID(u("from")), b("lease")},
+			&readReply{b("refused"), Index(u("index"))},
 		}
 		for _, want := range bodies {
 			raw := encodeBody(want)
@@ -1067,19 +1070,23 @@ func wireExamples() map[string][]byte {
 	formed := f.answer()
 	h := hello{MinVersion: 1, MaxVersion: 1, Role: rolePeer, Channel: channelAppend, Nonce: 0x0102030405060708, Boot: 3, DirectoryID: dir(0xaa), Cluster: "demo", From: "a", To: "b"}
 	return map[string][]byte{
-		"hello":           encodeGreeting(greetHello, h.encode(nil)),
-		"welcome":         encodeGreeting(greetWelcome, (&welcome{Version: 1, Nonce: 5, Boot: 7, DirectoryID: dir(0xbb)}).encode(nil)),
-		"refusal":         encodeGreeting(greetRefusal, (&refusal{HandshakeStopping, "later"}).encode(nil)),
-		"form question":   encodeGreeting(greetForm, unformed.encode(nil)),
-		"form answer":     encodeGreeting(greetFormBack, formed.encode(nil)),
-		"vote request":    frame(frameRequest, 1, &voteArgs{Term: 5, Candidate: 2, Last: EntryID{9, 4}, PreVote: true}, ""),
-		"vote reply":      frame(frameReply, 1, &voteReply{Term: 5, Granted: true}, ""),
-		"append request":  frame(frameRequest, 2, &appendArgs{Term: 5, Leader: 2, Seq: 3, Prev: EntryID{9, 4}, Commit: 9, Entries: []Entries{commands(10, 5, []byte("hi"))}}, ""),
-		"heartbeat":       frame(frameRequest, 3, &appendArgs{Term: 5, Leader: 2, Prev: EntryID{10, 5}, Commit: 10, Heartbeat: true}, ""),
-		"append reply":    frame(frameReply, 2, &appendReply{Term: 5, Success: true, Wanted: 12}, ""),
-		"append refusal":  frame(frameReply, 2, &appendReply{Term: 5, Hint: EntryID{7, 3}}, ""),
-		"forward request": frame(frameRequest, 4, &forwardArgs{From: 1, Count: 1, Encoded: unsealed.buf}, ""),
-		"forward reply":   frame(frameReply, 4, &forwardReply{First: EntryID{11, 5}}, ""),
+		"hello":                             encodeGreeting(greetHello, h.encode(nil)),
+		"welcome":                           encodeGreeting(greetWelcome, (&welcome{Version: 1, Nonce: 5, Boot: 7, DirectoryID: dir(0xbb)}).encode(nil)),
+		"refusal":                           encodeGreeting(greetRefusal, (&refusal{HandshakeStopping, "later"}).encode(nil)),
+		"form question":                     encodeGreeting(greetForm, unformed.encode(nil)),
+		"form answer":                       encodeGreeting(greetFormBack, formed.encode(nil)),
+		"vote request":                      frame(frameRequest, 1, &voteArgs{Term: 5, Candidate: 2, Last: EntryID{9, 4}, PreVote: true}, ""),
+		"vote reply":                        frame(frameReply, 1, &voteReply{Term: 5, Granted: true}, ""),
+		"append request":                    frame(frameRequest, 2, &appendArgs{Term: 5, Leader: 2, Seq: 3, Prev: EntryID{9, 4}, Commit: 9, Entries: []Entries{commands(10, 5, []byte("hi"))}}, ""),
+		"heartbeat":                         frame(frameRequest, 3, &appendArgs{Term: 5, Leader: 2, Prev: EntryID{10, 5}, Commit: 10, Heartbeat: true}, ""),
+		"heartbeat that asks for a promise": frame(frameRequest, 3, &appendArgs{Term: 5, Leader: 2, Prev: EntryID{10, 5}, Commit: 10, Heartbeat: true, Lease: 500 * time.Millisecond}, ""),
+		"promise":                           frame(frameReply, 3, &appendReply{Term: 5, Success: true, Promised: true}, ""),
+		"read request":                      frame(frameRequest, 6, &readArgs{From: 1, Lease: true}, ""),
+		"read reply":                        frame(frameReply, 6, &readReply{Index: 10}, ""),
+		"append reply":                      frame(frameReply, 2, &appendReply{Term: 5, Success: true, Wanted: 12}, ""),
+		"append refusal":                    frame(frameReply, 2, &appendReply{Term: 5, Hint: EntryID{7, 3}}, ""),
+		"forward request":                   frame(frameRequest, 4, &forwardArgs{From: 1, Count: 1, Encoded: unsealed.buf}, ""),
+		"forward reply":                     frame(frameReply, 4, &forwardReply{First: EntryID{11, 5}}, ""),
 		"snapshot block": frame(frameRequest, 5, &snapshotArgs{Term: 5, Leader: 2, Meta: SnapshotMeta{
 			ID: dir(0xcc), Last: EntryID{9, 4}, Time: time.Unix(0, 0x0102030405060708), ConfigIndex: 1, Config: f.conf.encode(),
 		}, Size: 4, Offset: 2, Data: []byte("hi")}, ""),

@@ -109,6 +109,19 @@ type Config struct {
 	DisablePreVote     bool
 	DisableCheckQuorum bool // needs DisablePreVote too
 
+	// LeaseDuration is for how long a leader asks its followers to vote for nobody
+	// else, with each heartbeat, so that ReadLease need not ask anybody. Zero, the
+	// default, is no lease; otherwise at least two heartbeats and at most
+	// ElectionTimeout, and one minute. A follower promises whatever its leader asks
+	// for, and keeps that also after a restart, which begins with the longest
+	// promise ever made. Linux only: elsewhere a leader does not see that the
+	// machine has slept.
+	LeaseDuration time.Duration
+	// MaxClockDriftPercent is by how much the clock of one node may run faster than
+	// that of another during a lease; default 5. ReadLease is wrong if they differ
+	// by more, nothing else is.
+	MaxClockDriftPercent int
+
 	MaxCommandBytes     int // of one command; default 1 MiB, at most 64 MiB
 	MaxQueueBytes       int // of proposals that wait to be appended or forwarded; default 64 MiB
 	MaxUncommittedBytes int // of entries that a leader has appended and not committed; default 64 MiB
@@ -129,6 +142,7 @@ type Config struct {
 	unstableTiming bool          // the harness runs timing that no service should
 	closeGrace     time.Duration // how long Close waits for what it can't interrupt
 	history        *history      // the harness's, nil elsewhere
+	sleptFor       sleepClock    // tests let the machine sleep
 }
 
 const maxCommandBytesLimit = 64 << 20
@@ -172,6 +186,7 @@ func (c Config) Validate() error {
 		{"KeepLogBytes", c.KeepLogBytes, 1, 1 << 40},
 		{"MaxSnapshotBytesPerSecond", c.MaxSnapshotBytesPerSecond, 1 << 10, 1 << 40},
 		{"MaxSegmentBytes", c.MaxSegmentBytes, 1 << 20, 1 << 30},
+		{"MaxClockDriftPercent", c.MaxClockDriftPercent, 1, 100},
 	} {
 		if f.value < f.min || f.value > f.max {
 			bad("%s: %d is outside %d to %d", f.name, f.value, f.min, f.max)
@@ -226,11 +241,21 @@ func (c *Config) validateTiming(bad func(string, ...any)) {
 	if c.DisableCheckQuorum && !c.DisablePreVote {
 		bad("DisableCheckQuorum: needs DisablePreVote too: with pre-votes alone, a leader that can send but not receive would stay for ever")
 	}
+	if c.LeaseDuration == 0 {
+		return
+	}
+	if lo, hi := 2*c.HeartbeatInterval, min(c.ElectionTimeout, maxLeasePromise); c.LeaseDuration < lo || c.LeaseDuration > hi {
+		bad("LeaseDuration: %v is outside %v to %v: a shorter one would end between two heartbeats, a longer one would hold up elections", c.LeaseDuration, lo, hi)
+	}
+	if _, err := c.sleptFor(); err != nil {
+		bad("LeaseDuration: %w; leave it zero on this machine: ReadIndex needs no clock", err)
+	}
 }
 
 func (c Config) withDefaults() Config {
 	setDefault(&c.HeartbeatInterval, 100*time.Millisecond)
 	setDefault(&c.ElectionTimeout, time.Second)
+	setDefault(&c.MaxClockDriftPercent, 5)
 	setDefault(&c.MaxCommandBytes, 1<<20)
 	setDefault(&c.MaxQueueBytes, 64<<20)
 	setDefault(&c.MaxUncommittedBytes, 64<<20)
@@ -245,6 +270,9 @@ func (c Config) withDefaults() Config {
 	setDefault(&c.MaxSnapshotBytesPerSecond, 64<<20)
 	setDefault(&c.closeGrace, 1500*time.Millisecond)
 	setDefault(&c.versions, wireVersions{minWireVersion, maxWireVersion})
+	if c.sleptFor == nil {
+		c.sleptFor = sleptFor
+	}
 	if c.Logger == nil {
 		c.Logger = slog.Default()
 	}
@@ -281,5 +309,7 @@ func (c *Config) limits() limits {
 		maxInflightBytes:   c.MaxInflightBytes,
 		maxTailBytes:       c.MaxLogMemoryBytes,
 		maxUncommittedSize: c.MaxUncommittedBytes,
+		leasePromise:       c.LeaseDuration,
+		lease:              leaseWithin(c.LeaseDuration, c.MaxClockDriftPercent),
 	}
 }

@@ -112,6 +112,16 @@ func TestConfigBadFields(t *testing.T) {
 		{"MaxInflightBytes", func(c *Config) { c.MaxInflightBytes = -1 }},
 		{"MaxLogMemoryBytes", func(c *Config) { c.MaxLogMemoryBytes = -1 }},
 		{"MaxSegmentBytes", func(c *Config) { c.MaxSegmentBytes = 4096 }},
+		{"LeaseDuration", func(c *Config) { c.LeaseDuration = -1 }},
+		{"LeaseDuration", func(c *Config) { c.LeaseDuration = 199 * time.Millisecond }},
+		{"LeaseDuration", func(c *Config) { c.LeaseDuration = time.Second + 1 }},
+		{"LeaseDuration", func(c *Config) { c.ElectionTimeout, c.LeaseDuration = time.Hour, time.Minute+1 }},
+		{"LeaseDuration", func(c *Config) {
+			c.LeaseDuration = time.Second
+			c.sleptFor = func() (sleep, error) { return sleep{0, forever}, errors.New("no such clock") }
+		}},
+		{"MaxClockDriftPercent", func(c *Config) { c.MaxClockDriftPercent = -1 }},
+		{"MaxClockDriftPercent", func(c *Config) { c.MaxClockDriftPercent = 101 }},
 	} {
 		c := goodConfig()
 		test.spoil(&c)

@@ -15,6 +15,7 @@ type core struct {
 	self   memberID
 	rng    *rand.Rand // the dice of election deadlines
 	now    time.Time  // set before each transition
+	slept  sleep      // likewise, where leases are asked for
 
 	// Persistent state on all servers (Figure 2).
 	currentTerm Term
@@ -40,6 +41,9 @@ type core struct {
 	applyFailed      bool          // the state machine panicked: vote and replicate, but do not lead
 	removed          bool          // told that it is no member any more: it does not campaign
 	retired          bool          // this server is shutting down and does not campaign
+	promisedTo       memberID      // the leader that has this server's promise; zero: one before a restart
+	promisedUntil    time.Time     // nobody else gets a vote before
+	longestPromise   time.Duration // ever made, runs before this one included; persistent
 	unsyncedSince    time.Time     // the disk has confirmed nothing since, and has something to confirm
 	applyingSince    time.Time     // the state machine has been at work since
 	failure          error         // why the role is Dead
@@ -52,8 +56,10 @@ type core struct {
 	heartbeatLast   Index // end of the log at the heartbeat before the last
 	lastHeartbeat   Index // and at the last
 	firstOfTerm     Index // the no-op that this leader appended at its election
+	leaseGivenUp    bool  // somebody was told to campaign in this term, so no promise counts any more
 	matchesScratch  []Index
 	contactsScratch []time.Time
+	promisedScratch []memberID
 
 	beatAt     time.Time // of the last heartbeat
 	graceUntil time.Time // after a stall, a quorum is not missed before; zero once one is heard
@@ -79,8 +85,10 @@ type limits struct {
 	maxFrameBytes      int // of entries in one append
 	maxInflight        int // appends to one follower
 	maxInflightBytes   int
-	maxTailBytes       int // of entries in memory that are durable
-	maxUncommittedSize int // bytes of entries a leader has appended and not committed
+	maxTailBytes       int           // of entries in memory that are durable
+	maxUncommittedSize int           // bytes of entries a leader has appended and not committed
+	leasePromise       time.Duration // that a leader asks for; zero: none
+	lease              time.Duration // how much of it a leader counts on, since its clock may be slower than others'
 }
 
 // stagedEntries remembers up to where a save extended the log.
@@ -92,8 +100,9 @@ type stagedEntries struct {
 // HardState is what a server must remember across a crash beside its log
 // (Figure 2, "persistent state on all servers").
 type HardState struct {
-	Term     Term
-	VotedFor uint64 // the number of a membership, 0 for nobody
+	Term         Term
+	VotedFor     uint64        // the number of a membership, 0 for nobody
+	LeasePromise time.Duration // the longest ever made to a leader: after a restart no vote is given for so long
 }
 
 // effects are what the world must do after a transition.
@@ -132,6 +141,10 @@ func newCore(self memberID, l limits, rec Recovered, conf configuration, rng *ra
 		configuration: conf,
 		hardSaved:     rec.HardState,
 		durableIndex:  rec.Last,
+	}
+	if p := rec.HardState.LeasePromise; p > 0 {
+		// Nobody knows how much of the last one is left, nor whose it was.
+		c.longestPromise, c.promisedUntil = p, now.Add(p)
 	}
 	for _, o := range rec.older {
 		older, err := decodeConfiguration(o.data)
@@ -197,8 +210,12 @@ func (c *core) finish() effects {
 	return out
 }
 
+func (c *core) hardState() HardState {
+	return HardState{c.currentTerm, uint64(c.votedFor), c.longestPromise}
+}
+
 func (c *core) deriveSave() *Save {
-	hard := HardState{c.currentTerm, uint64(c.votedFor)}
+	hard := c.hardState()
 	changed := hard != c.hardSaved
 	moved := c.log.start != c.log.savedStart
 	if !changed && !moved && c.log.saved == c.log.last {

@@ -13,6 +13,7 @@ import (
 	"slices"
 	"sort"
 	"sync"
+	"time"
 
 	"example.com/raft/internal/snap"
 	"example.com/raft/internal/vfs"
@@ -152,8 +153,7 @@ func (d *diskStorage) replay(rec *Recovered, l *raftLog, lsn wal.LSN, r wal.Reco
 	f := reader{b: r.Data}
 	switch r.Kind {
 	case recordHardState:
-		rec.HardState = HardState{Term(f.uint64()), f.uint64()}
-		if err := f.finish(); err != nil {
+		if err := rec.HardState.decode(r.Data); err != nil {
 			return malformed("the hard state", err)
 		}
 	case recordBoot:
@@ -281,10 +281,34 @@ func (d *diskStorage) stage() (lsn LSN, release wal.LSN) {
 	return d.taken, release
 }
 
+// encode leaves out a promise that was never made, so that a release which knows
+// of none reads the directory of a cluster without leases.
+func (h *HardState) encode() []byte {
+	b := appendUint64s(nil, uint64(h.Term), h.VotedFor)
+	if h.LeasePromise > 0 {
+		b = appendUint64s(b, uint64(h.LeasePromise))
+	}
+	return b
+}
+
+func (h *HardState) decode(b []byte) error {
+	r := reader{b: b}
+	*h = HardState{Term: Term(r.uint64()), VotedFor: r.uint64()}
+	if len(r.b) == 0 {
+		return r.finish()
+	}
+	if p := r.uint64(); p > 0 && p <= uint64(maxLeasePromise) {
+		h.LeasePromise = time.Duration(p)
+	} else if r.err == nil {
+		r.err = fmt.Errorf("a promise of %d ns", p)
+	}
+	return r.finish()
+}
+
 func (d *diskStorage) stageOne(s *Save) (release wal.LSN) {
 	recs := make([]wal.Record, 0, 2+len(s.Entries))
 	if s.HardState != nil {
-		recs = append(recs, wal.Record{Kind: recordHardState, Data: appendUint64s(nil, uint64(s.HardState.Term), s.HardState.VotedFor)})
+		recs = append(recs, wal.Record{Kind: recordHardState, Data: s.HardState.encode()})
 	}
 	for _, e := range s.Entries {
 		recs = append(recs, wal.Record{Kind: recordEntries, Data: e.Encoded()})

@@ -51,7 +51,7 @@ func (c *core) tick() {
 // that a node which can't win does not disturb the others with its term. §9.6
 // of the thesis.
 func (c *core) startCampaign() {
-	if !c.mayStand() || c.removed || !c.fit() {
+	if !c.mayStand() || c.removed || !c.fit() || c.hasPromisedAgainst(c.self) {
 		c.armElection()
 		return
 	}
@@ -151,7 +151,13 @@ func (c *core) protectsLeader(a *voteArgs) bool {
 	if c.role == Leader && !c.configuration.has(a.Candidate) {
 		return true // a server that is no member never deposes a leader
 	}
-	if !c.limits.checkQuorum || a.Transfer {
+	if a.Transfer {
+		return false // its leader has given its lease up, too
+	}
+	if c.hasPromisedAgainst(a.Candidate) {
+		return true
+	}
+	if !c.limits.checkQuorum {
 		return false
 	}
 	if c.role == Leader {
@@ -248,7 +254,7 @@ func (c *core) becomeFollower(term Term, leader memberID) {
 func (c *core) becomeLeader() {
 	c.role = Leader
 	c.leader, c.forwardTo = c.self, 0
-	c.appendSeq, c.transfer = 0, transfer{}
+	c.appendSeq, c.transfer, c.leaseGivenUp = 0, transfer{}, false
 	c.progress, c.heartbeatLast, c.lastHeartbeat = nil, c.log.last+1, c.log.last+1
 	c.trackMembers(c.log.last + 1)
 	c.electionDeadline = c.now.Add(c.limits.electionTimeout)

@@ -12,10 +12,12 @@ type coreSnapshot struct {
 	last     Index
 	lsn      LSN
 	deadline time.Time
+	promised time.Time
+	longest  time.Duration
 }
 
 func (c *core) snapshot() coreSnapshot {
-	return coreSnapshot{c.currentTerm, c.votedFor, c.role, c.commitIndex, c.log.start.Index, c.log.last, c.lsn, c.electionDeadline}
+	return coreSnapshot{c.currentTerm, c.votedFor, c.role, c.commitIndex, c.log.start.Index, c.log.last, c.lsn, c.electionDeadline, c.promisedUntil, c.longestPromise}
 }
 
 // checkStep returns what must never be false of one transition.
@@ -35,6 +37,8 @@ func (c *core) checkStep(before coreSnapshot) error {
 		return invariantError("leader of term %d leads term %d without an election", before.term, c.currentTerm)
 	case before.role == Dead && c.role != Dead:
 		return invariantError("a dead node became %s", c.role)
+	case c.promisedUntil.Before(before.promised) || c.longestPromise < before.longest:
+		return invariantError("a promise was cut short from %v to %v, the longest from %v to %v", before.promised, c.promisedUntil, before.longest, c.longestPromise)
 	case c.lsn < before.lsn:
 		return invariantError("position went back from %d to %d", before.lsn, c.lsn)
 	}
@@ -53,7 +57,7 @@ func (c *core) checkState() error {
 		return invariantError("durable %d is beyond the log's end %d", c.durableIndex, l.last)
 	case l.saved != l.last || l.savedStart != l.start:
 		return invariantError("a transition ended with unsaved log")
-	case c.hardSaved != HardState{c.currentTerm, uint64(c.votedFor)}:
+	case c.hardSaved != c.hardState():
 		return invariantError("a transition ended with unsaved hard state")
 	case c.role != Leader && len(c.progress) != 0:
 		return invariantError("%s keeps progress", c.role)

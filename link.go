@@ -33,7 +33,7 @@ type outgoing struct {
 	m     message
 	batch proposalBatch
 	read  *entryRequest
-	ask   bool // the leader, for the index of reads
+	ask   *readArgs // for the index of reads
 }
 
 const (
@@ -188,8 +188,8 @@ func (o *linkOwner) issue(out outgoing) {
 		o.client.Go(methodAppendEntries, &call[appendArgs]{V: *out.m.append}, &call[appendReply]{}, o.answers)
 	case out.m.vote != nil:
 		o.client.Go(methodRequestVote, &call[voteArgs]{V: *out.m.vote}, &call[voteReply]{}, o.answers)
-	case out.ask:
-		o.client.Go(methodReadIndex, &call[readArgs]{V: readArgs{From: o.server.selfID()}}, &call[readReply]{}, o.answers)
+	case out.ask != nil:
+		o.client.Go(methodReadIndex, &call[readArgs]{V: readArgs{o.server.selfID(), out.ask.Lease}}, &call[readReply]{}, o.answers)
 	default:
 		args := forwardArgs{From: o.server.selfID(), Count: len(out.batch.proposals), Encoded: out.batch.entries.buf, batch: out.batch}
 		o.client.Go(methodForward, &call[forwardArgs]{V: args}, &call[forwardReply]{}, o.answers)
@@ -337,7 +337,7 @@ func (s *Server) unsent(to memberID, out outgoing) {
 	switch {
 	case out.m.append != nil:
 		cm.step(func(c *core) { c.onAppendFailed(to, out.m.append) })
-	case out.ask:
+	case out.ask != nil:
 		cm.step(func(*core) { s.readsAnswered(&readReply{Refused: true}, nil) })
 	case out.m.vote == nil:
 		cm.step(func(c *core) {

@@ -1,5 +1,7 @@
 package raft
 
+import "time"
+
 // memberID is a membership's number: a founder's ordinal, later the index of
 // the configuration entry that added it. It is never used twice, so that a
 // node which left and came back is not taken for its former self. Zero is nobody.
@@ -37,10 +39,13 @@ type appendArgs struct {
 	Prev      EntryID
 	Commit    Index
 	Heartbeat bool
-	Campaign  bool      // with Heartbeat: hold an election at once (thesis 3.10, TimeoutNow)
-	Entries   []Entries // runs without a gap from Prev.Index+1 on
+	Campaign  bool          // with Heartbeat: hold an election at once (thesis 3.10, TimeoutNow)
+	Lease     time.Duration // with Heartbeat: promise to vote for nobody else for so long; zero: no promise is asked for
+	Entries   []Entries     // runs without a gap from Prev.Index+1 on
 
-	round uint64 // of reads, when this was made; stays with the sender
+	// These stay with the sender.
+	round uint64    // of reads, when this was made
+	asked time.Time // with Lease: when this was made, by a clock that does not sleep
 }
 
 func (a *appendArgs) lastIndex() Index {
@@ -58,10 +63,11 @@ func (a *appendArgs) size() (n int) {
 }
 
 type appendReply struct {
-	Term    Term
-	Success bool
-	Hint    EntryID // after a refusal: the follower's newest entry that may match
-	Wanted  Index   // somebody on the follower waits to see this entry applied
+	Term     Term
+	Success  bool
+	Hint     EntryID // after a refusal: the follower's newest entry that may match
+	Wanted   Index   // somebody on the follower waits to see this entry applied
+	Promised bool    // what Lease asked for
 
 	directory [16]byte // whose connection it came on, as the handshake said; not sent
 }

@@ -33,6 +33,7 @@ type progress struct {
 
 	lastContact  time.Time // any answer of this term
 	round        uint64    // it has answered what was sent in this round of reads
+	leaseEnd     time.Time // it votes for nobody else before, by this leader's clock
 	lastProgress time.Time // an append was answered, or the first of a window was sent
 	wanted       Index     // it waits to see this entry committed
 	commitSent   Index     // the highest commit index it was told

@@ -57,8 +57,9 @@ type ConsensusModule struct {
 	stateSeen     visibleState
 	changed       chan struct{} // closed and renewed when stateSeen changes
 	leadership    leadership
-	released      []message // scratch
-	flushesItself bool      // whoever steps now flushes next: the flusher may sleep on
+	released      []message  // scratch
+	flushesItself bool       // whoever steps now flushes next: the flusher may sleep on
+	sleptFor      sleepClock // nil where no lease is asked for
 
 	stepAt     atomic.Int64 // a step takes queued proposals once they have this many bytes
 	flushing   atomic.Int32 // writes or fsyncs that run
@@ -101,6 +102,9 @@ func newConsensusModule(s Storage, c *core, conf *Config, events *eventLog) *Con
 		timerWake: make(chan struct{}, 1),
 		applyWake: make(chan struct{}, 1),
 		done:      make(chan struct{}),
+	}
+	if conf.LeaseDuration > 0 {
+		cm.sleptFor = conf.sleptFor
 	}
 	cm.queue.maxBytes = conf.MaxQueueBytes
 	cm.pending.maxKept = conf.MaxQueueBytes
@@ -193,6 +197,9 @@ func (cm *ConsensusModule) transition(f func(c *core)) {
 	}
 	wasDead := c.role == Dead
 	c.now = time.Now()
+	if cm.sleptFor != nil {
+		c.slept, _ = cm.sleptFor() // after an error no lease is believed in
+	}
 	f(c)
 	cm.takeProposals()
 	out := c.finish()

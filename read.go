@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 )
 
 // This file is the user's side of linearizable reads (readindex.go): on a
@@ -11,12 +12,11 @@ import (
 
 // readWait is one ReadIndex call that waits.
 type readWait struct {
+	lease bool // a lease will do
 	done  chan struct{}
 	index Index
 	ok    bool // false: ask again, this node or that leader could not tell
 }
-
-func newReadWait() *readWait { return &readWait{done: make(chan struct{})} }
 
 // answer is called with the module's lock held, once.
 func (w *readWait) answer(a readAnswer) {
@@ -42,20 +42,35 @@ func (r *remoteReads) answer(a readAnswer) {
 	r.asked = nil
 }
 
+// ReadLease is ReadIndex, but a leader that holds a lease answers by its clock and
+// asks nobody, so that a read on the leader waits for no message, and one on
+// another node for one answer of the leader's. Without a lease, because
+// Config.LeaseDuration is zero on the leader, or for the moment, it does what
+// ReadIndex does.
+//
+// It is linearizable only as long as the rates of the nodes' clocks differ by at
+// most Config.MaxClockDriftPercent; ReadIndex needs no clock at all. What counts
+// is the moment at which the leader looks at its clock, which is during the
+// call: whether the lease has ended when the caller gets to see the state makes
+// no difference.
+func (s *Server) ReadLease(ctx context.Context) (Index, error) { return s.linearize(ctx, true) }
+
 // ReadIndex returns once this node's state machine includes every write that
 // was acknowledged, by any node, before the call: reading the state machine is
 // linearizable then (thesis 6.4). Any node takes reads: one that does not lead
 // asks the leader. A read writes nothing to any disk. The result is the index
 // as of which the state was read, or a later one. The error is ctx's, matches
 // ErrNoLeader (with ctx's) if no leader could be asked, or ErrStopped.
-func (s *Server) ReadIndex(ctx context.Context) (Index, error) {
+func (s *Server) ReadIndex(ctx context.Context) (Index, error) { return s.linearize(ctx, false) }
+
+func (s *Server) linearize(ctx context.Context, lease bool) (Index, error) {
 	h := s.conf.history
 	floor := Index(0)
 	if h != nil {
 		floor = h.readBegins()
 	}
 	for {
-		index, ok, err := s.askReadIndex(ctx)
+		index, ok, err := s.askReadIndex(ctx, lease)
 		if ok {
 			err = s.WaitApplied(ctx, index)
 		}
@@ -70,16 +85,16 @@ func (s *Server) ReadIndex(ctx context.Context) (Index, error) {
 
 // askReadIndex asks once, when there is somebody to ask. It returns false if it
 // is worth asking again.
-func (s *Server) askReadIndex(ctx context.Context) (Index, bool, error) {
+func (s *Server) askReadIndex(ctx context.Context, lease bool) (Index, bool, error) {
 	cm := s.cm
-	w := newReadWait()
+	w := &readWait{lease: lease, done: make(chan struct{})}
 	var done <-chan struct{} // nil: nobody was asked
 	cm.mu.Lock()
 	changed := cm.changed
 	switch c := cm.core; {
 	case c.role == Leader:
 		done = w.done
-		cm.transition(func(c *core) { c.readIndex(c.self, w) })
+		cm.transition(func(c *core) { c.read(c.self, lease, w) })
 	case c.leader != 0:
 		done = w.done
 		s.remote.waiting = append(s.remote.waiting, w)
@@ -128,7 +143,8 @@ func (s *Server) sendReads() {
 	r.asked, r.waiting = r.waiting, nil
 	r.to = s.cm.core.leader
 	l := s.link(r.to, channelRead)
-	if l == nil || !l.push(outgoing{ask: true}) {
+	needsRound := slices.ContainsFunc(r.asked, func(w *readWait) bool { return !w.lease })
+	if l == nil || !l.push(outgoing{ask: &readArgs{Lease: !needsRound}}) {
 		r.answer(readAnswer{})
 	}
 }
@@ -146,7 +162,8 @@ func (s *Server) readsAnswered(r *readReply, err error) {
 
 // readArgs asks the leader for the index of a read.
 type readArgs struct {
-	From memberID
+	From  memberID
+	Lease bool // a lease will do
 }
 
 type readReply struct {
@@ -173,7 +190,7 @@ func (v *service) ReadIndex(args *call[readArgs], reply *call[readReply]) error 
 	v.conn.server.cm.step(func(c *core) {
 		if err = v.checkSender(c, args.V.From); err == nil {
 			v.conn.open.Add(1)
-			c.readIndex(args.V.From, ticket{v.conn, args.req.seq})
+			c.read(args.V.From, args.V.Lease, ticket{v.conn, args.req.seq})
 		}
 	})
 	return err

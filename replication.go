@@ -78,9 +78,11 @@ func (c *core) heartbeat() {
 }
 
 func (c *core) sendHeartbeat(p *progress) {
-	c.send(message{to: p.id, append: &appendArgs{
+	a := &appendArgs{
 		Term: c.currentTerm, Leader: c.self, Prev: EntryID{p.match, p.matchTerm}, Commit: c.commitIndex, Heartbeat: true, round: c.reads.round,
-	}})
+	}
+	c.askPromise(a)
+	c.send(message{to: p.id, append: a})
 	p.commitSent = max(p.commitSent, min(c.commitIndex, p.match)) // a follower commits no more than Prev
 }
 
@@ -182,6 +184,7 @@ func (c *core) onAppendRequest(a *appendArgs, token any) {
 		c.becomeFollower(a.Term, a.Leader)
 		c.lastContact, c.forwardTo = c.now, a.Leader
 		c.deferElection()
+		r.Promised = c.promise(a)
 		r.Success, r.Hint = c.acceptEntries(a)
 		if r.Success && !a.Heartbeat {
 			m.match = a.lastIndex()
@@ -254,6 +257,9 @@ func (c *core) onAppendReply(from memberID, a *appendArgs, r *appendReply) {
 	}
 	p.lastContact = c.now
 	p.round = max(p.round, a.round)
+	if r.Promised {
+		c.onPromise(p, a)
+	}
 	c.confirmReads()
 	p.paused = false
 	p.wanted = max(p.wanted, r.Wanted)

@@ -93,7 +93,7 @@ func TestStorageConcurrency(t *testing.T) {
 						return
 					}
 					i := Index(u.lsn) + 1
-					lsn := u.save(Save{Entries: []Entries{run(i, 1, 1, 10)}, HardState: &HardState{1, uint64(i)}})
+					lsn := u.save(Save{Entries: []Entries{run(i, 1, 1, 10)}, HardState: &HardState{Term: 1, VotedFor: uint64(i)}})
 					mu.Unlock()
 					got, err := u.Flush()
 					if err != nil || got < lsn {
@@ -271,7 +271,7 @@ func (m *storageModel) next(dice *rand.Rand) Save {
 	state := modelState{last.hard, slices.Clone(last.log)}
 	var s Save
 	if dice.IntN(3) == 0 {
-		state.hard = HardState{last.hard.Term + 1, uint64(dice.IntN(5))}
+		state.hard = HardState{last.hard.Term + 1, uint64(dice.IntN(5)), last.hard.LeasePromise + time.Duration(dice.IntN(2))}
 		s.HardState = &state.hard
 	}
 	term := max(state.hard.Term, 1)

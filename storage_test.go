@@ -208,7 +208,7 @@ func TestStorageRecyclesSegments(t *testing.T) {
 			s.Close()
 			s = open()
 			rec := mustOpen(t, s)
-			if rec.HardState != (HardState{7, 3}) || rec.Start != (EntryID{last - 128, 7}) || rec.Last != last {
+			if rec.HardState != (HardState{Term: 7, VotedFor: 3}) || rec.Start != (EntryID{last - 128, 7}) || rec.Last != last {
 				t.Errorf("recovered %+v", rec)
 			}
 			checkEntries(t, s, last-127, last, func(Index) Term { return 7 })

@@ -26,7 +26,7 @@ import (
 // coreFiles hold the algorithm and what it is made of: no lock, clock,
 // goroutine, channel or I/O. The simulator runs exactly these.
 var coreFiles = []string{
-	"change.go", "core.go", "election.go", "entry.go", "errors.go", "event.go", "health.go", "invariants.go", "log.go", "membership.go", "message.go", "outbox.go", "pending.go", "progress.go", "quorum.go", "readindex.go", "replication.go", "snapshot.go", "transfer.go",
+	"change.go", "core.go", "election.go", "entry.go", "errors.go", "event.go", "health.go", "invariants.go", "lease.go", "log.go", "membership.go", "message.go", "outbox.go", "pending.go", "progress.go", "quorum.go", "readindex.go", "replication.go", "snapshot.go", "transfer.go",
 }
 
 // coreImports are all that core files may import. Of the packages with a list,
@@ -42,7 +42,7 @@ var coreImports = map[string][]string{
 	"slices":          nil,
 	"strings":         {"Cut", "Join"},
 	"sort":            {"Search"},
-	"time":            {"Time", "Duration", "Millisecond", "Unix"},
+	"time":            {"Time", "Duration", "Millisecond", "Minute", "Unix"},
 }
 
 // startedGoroutines are all places of this package and of internal/ at which a

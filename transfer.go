@@ -68,8 +68,12 @@ func (c *core) continueTransfer() {
 	}
 }
 
-// sendCampaign tells a voter to hold an election at once (TimeoutNow).
+// sendCampaign tells a voter to hold an election at once (TimeoutNow). Those
+// whom it asks for votes do not protect this leader, whatever they promised it.
+// So its lease ends here, and it gets no other in this term, also if nothing
+// comes of the election: the message may come much later.
 func (c *core) sendCampaign(p *progress) {
+	c.leaseGivenUp = true
 	c.send(message{to: p.id, append: &appendArgs{
 		Term: c.currentTerm, Leader: c.self, Prev: EntryID{p.match, p.matchTerm},
 		Commit: min(c.commitIndex, p.match), Heartbeat: true, Campaign: true,
