@@ -35,6 +35,7 @@ type core struct {
 	replacedBy       *SnapshotMeta // it has replaced the log in this transition
 	electionDeadline time.Time     // a follower or candidate campaigns then; a leader checks its quorum
 	lastContact      time.Time     // with the leader
+	leaderGone       bool          // it has closed its connections since
 	campaign         *campaign     // while asking for votes or pre-votes
 	forwardTo        memberID      // takes proposals made here: the leader, unless it refused
 	wanted           Index         // somebody here waits to see this entry applied

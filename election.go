@@ -163,7 +163,7 @@ func (c *core) protectsLeader(a *voteArgs) bool {
 	if c.role == Leader {
 		return true
 	}
-	return c.leader != 0 && c.leader != a.Candidate && c.now.Sub(c.lastContact) < c.limits.electionTimeout
+	return c.leader != 0 && c.leader != a.Candidate && !c.leaderGone && c.now.Sub(c.lastContact) < c.limits.electionTimeout
 }
 
 // upToDate: the log with the later last term, then the longer one (§5.4.1).
@@ -242,10 +242,40 @@ func (c *core) becomeFollower(term Term, leader memberID) {
 	c.role = Follower
 	c.campaign = nil
 	if leader != c.leader {
-		c.leader, c.forwardTo = leader, leader
+		c.leader, c.forwardTo, c.leaderGone = leader, leader, false
 		if leader != 0 {
 			c.emit(Event{Kind: EventLeader, Peer: leader.label(c)})
 		}
+	}
+}
+
+// follow notes a message of the leader of term.
+func (c *core) follow(term Term, leader memberID) {
+	c.becomeFollower(term, leader)
+	c.lastContact, c.leaderGone, c.forwardTo = c.now, false, leader
+	c.deferElection()
+}
+
+// leaderLeft is told when the leader has closed every connection that it had
+// made: its process is most likely dead, and waiting for the election timeout
+// would only cost time. It is a guess, so it leads to pre-votes and no further
+// without a majority that has seen the same (protectsLeader). The voters do not
+// ask at once, but one after the other, in the order of their numbers: their
+// votes would be split, since all of them see it in the same moment.
+func (c *core) leaderLeft(leader memberID) {
+	if c.role != Follower || leader == 0 || c.leader != leader || !c.limits.preVote || !c.limits.checkQuorum {
+		return
+	}
+	c.leaderGone = true
+	c.emit(Event{Kind: EventLeaderLeft, Peer: leader.label(c)})
+	turn := 0
+	for _, m := range c.configuration.members {
+		if m.id < c.self && m.id != leader && c.configuration.voter(m.id) {
+			turn++
+		}
+	}
+	if at := c.now.Add(time.Duration(turn) * c.limits.electionTimeout / 8); at.Before(c.electionDeadline) {
+		c.electionDeadline = at
 	}
 }
 

@@ -57,6 +57,7 @@ const (
 	EventSnapshotFailed                         // Err: it is tried again later
 	EventSnapshotProgress                       // of one sent to Peer: Index, Detail
 	EventSnapshotInstalled                      // another node's, up to Index, has replaced the log
+	EventLeaderLeft                             // Peer, the leader, has closed its connections
 )
 
 // Event is something that happened on a node. Events are plain values.
@@ -130,6 +131,8 @@ func (e Event) String() string {
 		return fmt.Sprintf("has sent %s %s of a snapshot up to entry %d", e.Peer, e.Detail, e.Index)
 	case EventSnapshotInstalled:
 		return fmt.Sprintf("installs a snapshot up to entry %d in place of its log", e.Index)
+	case EventLeaderLeft:
+		return fmt.Sprintf("sees that %s, the leader, has closed its connections, term=%d", e.Peer, e.Term)
 	case EventTransfer:
 		return fmt.Sprintf("hands leadership to %s, term=%d", e.Peer, e.Term)
 	}

@@ -106,7 +106,7 @@ func (l *link) run() {
 	defer s.cm.leaveDisk()
 	o := linkOwner{link: l}
 	defer o.disconnect()
-	idle := time.NewTimer(linkIdleTimeout)
+	idle := time.NewTimer(o.restFor())
 	defer idle.Stop()
 	for {
 		select {
@@ -146,7 +146,9 @@ type linkOwner struct {
 // if nothing more is ever sent there.
 func (o *linkOwner) restFor() time.Duration {
 	if o.outstanding == 0 {
-		return linkIdleTimeout
+		// A leader that closes its connections between two heartbeats would be
+		// taken for dead (leaderLeft).
+		return max(linkIdleTimeout, 2*o.server.conf.HeartbeatInterval)
 	}
 	return max(o.server.linkPatience()-time.Since(o.heard), time.Millisecond)
 }

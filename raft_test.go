@@ -72,6 +72,40 @@ func holds(t *testing.T, h *Harness, d time.Duration, what string, ok func() boo
 
 func other(h *Harness, i, k int) int { return (i + k) % h.n }
 
+// The followers of a leader whose process dies see its connections close. They
+// do not wait for their deadlines; those of a leader that falls silent do.
+func TestElectionWithoutWaiting(t *testing.T) {
+	for _, silent := range []bool{false, true} {
+		virtual(t, 5, func(t *testing.T, h *Harness) {
+			apart, back, limit := h.CrashPeer, h.RestartPeer, h.Server(0).conf.ElectionTimeout
+			if silent {
+				apart, back = h.DisconnectPeer, h.ReconnectPeer
+			}
+			for range 10 {
+				leader, before := h.CheckSingleLeader()
+				must(t, h, "all follow", func() bool {
+					for i := range h.n {
+						if h.Server(i).Status().Leader != NodeID(fmt.Sprint(leader)) {
+							return false
+						}
+					}
+					return true
+				})
+				began := time.Now()
+				apart(leader)
+				must(t, h, "another leader", func() bool {
+					_, term, ok := h.leader(h.connectedNodes())
+					return ok && term > before
+				})
+				if took := time.Since(began); took < limit != !silent {
+					t.Errorf("silent: %v; a new leader after %v, election timeout %v", silent, took, limit)
+				}
+				back(leader)
+			}
+		})
+	}
+}
+
 func TestElectionBasic(t *testing.T) {
 	basic := func(t *testing.T, h *Harness) {
 		leader, term := h.CheckSingleLeader()

@@ -181,9 +181,7 @@ func (c *core) onAppendRequest(a *appendArgs, token any) {
 		if c.role == Leader && a.Term == c.currentTerm {
 			panic(invariantError("two leaders in term %d: %d and %d", a.Term, c.self, a.Leader))
 		}
-		c.becomeFollower(a.Term, a.Leader)
-		c.lastContact, c.forwardTo = c.now, a.Leader
-		c.deferElection()
+		c.follow(a.Term, a.Leader)
 		r.Promised = c.promise(a)
 		r.Success, r.Hint = c.acceptEntries(a)
 		if r.Success && !a.Heartbeat {

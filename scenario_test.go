@@ -210,6 +210,55 @@ func TestScenario_LeaderInContactIsProtected(t *testing.T) {
 	}
 }
 
+// A leader that has closed its connections is protected no more, by those who
+// saw it: they ask for pre-votes one after the other, without waiting. Whoever
+// still has a connection refuses, and a message of the leader ends it.
+func TestScenario_LeaderLeft(t *testing.T) {
+	const leader = 2
+	follower := func(id memberID) *core {
+		c := testCore(t, id, 4)
+		c.limits.preVote = true
+		c.now = c.now.Add(time.Minute)
+		hear(t, c, appendFrom(1, EntryID{1, 0}, 0))
+		return c
+	}
+	for id, turn := range map[memberID]time.Duration{1: 0, 3: time.Second / 8, 4: time.Second / 4} {
+		c := follower(id)
+		ask := &voteArgs{Term: 2, Candidate: 1, Last: EntryID{9, 1}, PreVote: true} // another follower
+		if id == 1 {
+			ask.Candidate = 3
+		}
+		before := c.electionDeadline
+		c.leaderLeft(ask.Candidate)
+		if !c.electionDeadline.Equal(before) || answerVote(t, c, ask).Granted {
+			t.Errorf("member %d gives its leader up because another server has left", id)
+		}
+		c.leaderLeft(leader)
+		if !answerVote(t, c, ask).Granted {
+			t.Errorf("member %d protects a leader that has left", id)
+		}
+		if got := c.electionDeadline.Sub(c.now); got != turn {
+			t.Errorf("member %d asks for pre-votes after %v, want %v", id, got, turn)
+		}
+		hear(t, c, appendFrom(1, EntryID{1, 0}, 0))
+		if got := c.electionDeadline.Sub(c.now); got < time.Second || answerVote(t, c, ask).Granted {
+			t.Errorf("member %d campaigns in %v although the leader is back", id, got)
+		}
+		c.leaderLeft(leader)
+		c.now = c.electionDeadline
+		c.tick()
+		if sent := persist(t, c); c.currentTerm != 1 || len(sent) != 3 || !sent[0].vote.PreVote {
+			t.Errorf("member %d is in term %d and sends %d requests; want three for pre-votes", id, c.currentTerm, len(sent))
+		}
+	}
+	c := follower(1)
+	c.limits.preVote = false // a guess must not raise the term
+	before := c.electionDeadline
+	if c.leaderLeft(leader); !c.electionDeadline.Equal(before) {
+		t.Error("campaigns at once without pre-votes")
+	}
+}
+
 // Pre-vote and check-quorum differ from server to server during a rolling
 // upgrade: every mixture elects a leader, replaces one that crashes, and takes
 // back a server that was cut off and campaigned.

@@ -4,9 +4,11 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"net/rpc"
 	"sync/atomic"
+	"syscall"
 	"time"
 )
 
@@ -186,6 +188,7 @@ func (s *Server) serveRPC(conn net.Conn, h hello, w welcome) {
 	if !s.replace(servedKey{h.From, h.Channel}, c) {
 		return
 	}
+	defer s.peerLeft(c)
 	defer s.unserve(servedKey{h.From, h.Channel}, c)
 	s.cm.mu.Lock()
 	alive := s.cm.core.role != Dead
@@ -214,6 +217,32 @@ func (s *Server) serveRPC(conn net.Conn, h hello, w welcome) {
 	if err := c.codec.Err(); errors.Is(err, errFrame) {
 		s.report(h.From, "hung up", err)
 	}
+}
+
+// peerLeft tells the core if c, which has ended, was the last of the connections
+// on which a peer, perhaps the leader, sends what leaders send, and was closed
+// by the peer itself.
+func (s *Server) peerLeft(c *servedConn) {
+	if !closedByPeer(c.codec.Err()) {
+		return
+	}
+	s.mu.Lock()
+	left := s.served[servedKey{c.from, channelControl}] == nil && s.served[servedKey{c.from, channelAppend}] == nil
+	s.mu.Unlock()
+	if left {
+		s.cm.step(func(core *core) {
+			if m := core.configuration.byName(c.from); m != nil {
+				core.leaderLeft(m.id)
+			}
+		})
+	}
+}
+
+// closedByPeer tells whether err is how a connection ends whose other side has
+// closed it, or whose process was killed.
+func closedByPeer(err error) bool {
+	return errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) ||
+		errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.EPIPE)
 }
 
 // replace makes c the connection of k. The old one is closed, and c waits for

@@ -150,6 +150,20 @@ func (s *sim) breakLink(from, to int) {
 	l.outstanding = l.outstanding[:0]
 }
 
+// seesClosed tells n that all connections from another node were closed there,
+// unless nothing gets through. That may be wrong: they may have broken only.
+func (s *sim) seesClosed(n, from *simNode) {
+	if n == from || n.core == nil || s.link(from.i, n.i).cut {
+		return
+	}
+	s.push(simEvent{at: s.now + s.swarm.delayMin, kind: evThen, node: n.i, run: n.run, then: func() {
+		if m := n.core.configuration.byName(from.name); m != nil {
+			s.begin(n).leaderLeft(m.id)
+			s.end(n)
+		}
+	}})
+}
+
 // sendRequest turns a message of the core into a call.
 func (s *sim) sendRequest(n *simNode, m message) {
 	o := s.peer(n.core, m.to)
@@ -269,6 +283,7 @@ func (s *sim) nemesis() {
 		for i := range s.nodes {
 			if s.chance(0.5) {
 				s.breakLink(n.i, i)
+				s.seesClosed(s.nodes[i], n)
 			}
 		}
 		s.note(n.i, "connections break")

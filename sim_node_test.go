@@ -476,6 +476,7 @@ func (s *sim) crash(n *simNode) {
 		own.conn++
 		if s.chance(0.5) { // otherwise the peers find out by themselves
 			s.breakLink(i, n.i)
+			s.seesClosed(s.nodes[i], n)
 		}
 	}
 }

@@ -129,9 +129,7 @@ func (c *core) onInstallSnapshot(a *snapshotArgs, r *snapshotReply) bool {
 		if c.role == Leader && a.Term == c.currentTerm {
 			panic(invariantError("two leaders in term %d: %d and %d", a.Term, c.self, a.Leader))
 		}
-		c.becomeFollower(a.Term, a.Leader)
-		c.lastContact, c.forwardTo = c.now, a.Leader
-		c.deferElection()
+		c.follow(a.Term, a.Leader)
 		r.Done = a.Meta.Last.Index <= c.commitIndex // an older one tells nothing
 	}
 	r.Term = c.currentTerm
