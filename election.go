@@ -258,17 +258,18 @@ func (c *core) follow(term Term, leader memberID) {
 
 // leaderLeft is told when the leader has closed every connection that it had
 // made: its process is most likely dead, and waiting for the election timeout
-// would only cost time. It is a guess, so it leads to pre-votes and no further
-// without a majority that has seen the same (protectsLeader). The voters do not
-// ask at once, but one after the other, in the order of their numbers: their
-// votes would be split, since all of them see it in the same moment.
+// would only cost time. If only connections broke, the leader says so at once
+// (reconnect). So this server waits for an eighth of the timeout, and then asks
+// for pre-votes, which lead nowhere without a majority that has seen the same
+// (protectsLeader). The voters ask one after the other, in the order of their
+// numbers: all of them see it in the same moment, and would split their votes.
 func (c *core) leaderLeft(leader memberID) {
 	if c.role != Follower || leader == 0 || c.leader != leader || !c.limits.preVote || !c.limits.checkQuorum {
 		return
 	}
 	c.leaderGone = true
 	c.emit(Event{Kind: EventLeaderLeft, Peer: leader.label(c)})
-	turn := 0
+	turn := 1
 	for _, m := range c.configuration.members {
 		if m.id < c.self && m.id != leader && c.configuration.voter(m.id) {
 			turn++
@@ -276,6 +277,15 @@ func (c *core) leaderLeft(leader memberID) {
 	}
 	if at := c.now.Add(time.Duration(turn) * c.limits.electionTimeout / 8); at.Before(c.electionDeadline) {
 		c.electionDeadline = at
+	}
+}
+
+// reconnect is told when a connection to another server broke.
+func (c *core) reconnect(to memberID) {
+	if c.role == Leader {
+		if p := c.progressOf(to); p != nil {
+			c.sendHeartbeat(p)
+		}
 	}
 }
 

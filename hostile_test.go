@@ -18,6 +18,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"example.com/raft/internal/vfs"
@@ -465,7 +466,11 @@ func TestHostileFrames(t *testing.T) {
 				victim := other(h, leader, 1)
 				var before, after runtime.MemStats
 				runtime.ReadMemStats(&before)
-				for range 5 {
+				reports := func() int { return complaints(h.Server(victim), h.Server(leader).conf.ID) }
+				// The leader dials anew at once and may take the impostor's place, before
+				// anything is read from that.
+				for tries := 0; tries < 5 || tries < 50 && reports() == 0; tries++ {
+					synctest.Wait()
 					conn := impostor(t, h, leader, victim, test.ch)
 					conn.Write(test.b)
 					hungUp(t, conn, time.Second)
@@ -474,7 +479,7 @@ func TestHostileFrames(t *testing.T) {
 				if cost := after.TotalAlloc - before.TotalAlloc; cost > 20<<20 {
 					t.Errorf("%d bytes were allocated", cost)
 				}
-				if n := complaints(h.Server(victim), h.Server(leader).conf.ID); n == 0 || n > 3 {
+				if n := reports(); n == 0 || n > 3 {
 					t.Errorf("%d reports, want one per reason", n)
 				}
 				submit(t, h, leader, 2)

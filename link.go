@@ -115,6 +115,9 @@ func (l *link) run() {
 			o.send()
 		case call := <-l.answers:
 			o.answered(call)
+		case end := <-o.ended():
+			o.client.sentinel.Done <- end // for Close
+			o.lost()
 		case <-idle.C:
 			o.disconnect() // unused, or hung: unanswered calls come back as answers
 			if o.outstanding == 0 && l.leave() {
@@ -133,6 +136,7 @@ type linkOwner struct {
 	*link
 	client      *rpcClient
 	conn        net.Conn
+	since       time.Time // conn was dialled
 	directory   [16]byte  // of the peer on conn, or on the last one
 	outstanding int       // calls whose answers are to come
 	heard       time.Time // the last answer, or when the first unanswered call was sent
@@ -159,7 +163,7 @@ func (o *linkOwner) send() {
 		o.disconnect() // it answers nothing: dial anew
 	}
 	if o.client != nil && (o.wasHungUp() || o.client.Err() != nil) {
-		o.disconnect() // it ended while it was idle: nothing must be lost in it
+		o.lost() // it ended while it was idle: nothing must be lost in it
 	}
 	issued := false
 	for i := range o.out {
@@ -212,10 +216,32 @@ func (o *linkOwner) connect() bool {
 		o.retryAt = time.Now().Add(min(s.conf.HeartbeatInterval/2, s.conf.ElectionTimeout/4))
 		return false
 	}
-	o.conn = conn
+	o.conn, o.since = conn, time.Now()
 	o.link.setConn(conn)
 	o.client, o.directory = client, directory
 	return true
+}
+
+// ended is ready when the connection has ended by itself.
+func (o *linkOwner) ended() <-chan *rpc.Call {
+	if o.client == nil {
+		return nil
+	}
+	return o.client.sentinel.Done
+}
+
+// lost cleans up after a connection that has ended by itself. A leader shows at
+// once that it is there, or it would be taken for dead (leaderLeft); but not in
+// a loop with a peer that hangs up as soon as it is called.
+func (o *linkOwner) lost() {
+	if o.client == nil {
+		return
+	}
+	o.disconnect()
+	s := o.server
+	if o.channel == channelControl && time.Since(o.since) >= s.conf.HeartbeatInterval {
+		s.cm.step(func(c *core) { c.reconnect(o.to) })
+	}
 }
 
 // disconnect closes the connection, joins net/rpc's goroutine and takes the
@@ -270,7 +296,7 @@ func (o *linkOwner) answered(first *rpc.Call) {
 	}
 	cm.unlock()
 	if broken {
-		o.disconnect()
+		o.lost()
 	} else {
 		o.heard = time.Now()
 	}

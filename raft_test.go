@@ -77,7 +77,7 @@ func other(h *Harness, i, k int) int { return (i + k) % h.n }
 func TestElectionWithoutWaiting(t *testing.T) {
 	for _, silent := range []bool{false, true} {
 		virtual(t, 5, func(t *testing.T, h *Harness) {
-			apart, back, limit := h.CrashPeer, h.RestartPeer, h.Server(0).conf.ElectionTimeout
+			apart, back, limit := h.CrashPeer, h.RestartPeer, h.Server(0).conf.ElectionTimeout/2
 			if silent {
 				apart, back = h.DisconnectPeer, h.ReconnectPeer
 			}
@@ -98,7 +98,7 @@ func TestElectionWithoutWaiting(t *testing.T) {
 					return ok && term > before
 				})
 				if took := time.Since(began); took < limit != !silent {
-					t.Errorf("silent: %v; a new leader after %v, election timeout %v", silent, took, limit)
+					t.Errorf("silent: %v; a new leader after %v, half the election timeout is %v", silent, took, limit)
 				}
 				back(leader)
 			}

@@ -222,7 +222,7 @@ func TestScenario_LeaderLeft(t *testing.T) {
 		hear(t, c, appendFrom(1, EntryID{1, 0}, 0))
 		return c
 	}
-	for id, turn := range map[memberID]time.Duration{1: 0, 3: time.Second / 8, 4: time.Second / 4} {
+	for id, turn := range map[memberID]time.Duration{1: time.Second / 8, 3: time.Second / 4, 4: time.Second * 3 / 8} {
 		c := follower(id)
 		ask := &voteArgs{Term: 2, Candidate: 1, Last: EntryID{9, 1}, PreVote: true} // another follower
 		if id == 1 {
