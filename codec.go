@@ -961,13 +961,6 @@ func (v *readReply) decode(b []byte) error {
 	return r.finish()
 }
 
-func appendUint64s(b []byte, vs ...uint64) []byte {
-	for _, v := range vs {
-		b = binary.LittleEndian.AppendUint64(b, v)
-	}
-	return b
-}
-
 func (r *reader) uint32() uint32 {
 	if b := r.bytes(4); b != nil {
 		return binary.LittleEndian.Uint32(b)

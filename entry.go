@@ -27,7 +27,29 @@ const (
 	entryCommand       entryKind = 1 // given to StateMachine.Apply
 	entryNoop          entryKind = 2 // a leader's first entry of its term (§8)
 	entryConfiguration entryKind = 3 // a membership (thesis 4)
+	entryOpenSession   entryKind = 4 // the rest are about client sessions (thesis 6.3)
+	entryCloseSession  entryKind = 5
+	entryOnce          entryKind = 6 // a command of a session, with its number before it
 )
+
+// mayHold tells whether entries of this kind may have n bytes of data.
+func (k entryKind) mayHold(n uint64) bool {
+	switch k {
+	case entryCommand, entryNoop, entryConfiguration:
+		return true
+	case entryOpenSession:
+		return n == openDataBytes
+	case entryCloseSession:
+		return n == closeDataBytes
+	case entryOnce:
+		return n > requestHeadBytes
+	}
+	return false
+}
+
+// proposed tells whether any node may propose such an entry; the others are
+// the leader's own.
+func (k entryKind) proposed() bool { return k == entryCommand || k >= entryOpenSession }
 
 var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 
@@ -83,17 +105,17 @@ func (e Entries) offEnd(i int) uint32 {
 func (e Entries) raw(i int) []byte     { return e.buf[e.offs[i]:e.offEnd(i)] }
 func (e Entries) kind(i int) entryKind { return entryKind(e.buf[e.offs[i]+32]) }
 func (e Entries) term(i int) Term      { return Term(binary.LittleEndian.Uint64(e.buf[e.offs[i]+16:])) }
+func (e Entries) nanos(i int) uint64   { return binary.LittleEndian.Uint64(e.buf[e.offs[i]+24:]) }
 func (e Entries) data(i int) []byte {
 	end := e.offEnd(i)
 	return e.buf[e.offs[i]+entryHeaderBytes : end : end]
 }
 
 func (e Entries) entry(i int) Entry {
-	h := e.buf[e.offs[i]:]
 	return Entry{
 		Index: e.first + Index(i),
 		Term:  e.term(i),
-		Time:  time.Unix(0, int64(binary.LittleEndian.Uint64(h[24:]))).UTC(),
+		Time:  time.Unix(0, int64(e.nanos(i))).UTC(),
 		Data:  e.data(i),
 	}
 }
@@ -153,8 +175,8 @@ func ParseEntries(first Index, b []byte) (Entries, error) {
 			return Entries{}, fmt.Errorf("%w: entry %d", errEntryCorrupt, e.Last()+1)
 		}
 		i, t, k := Index(binary.LittleEndian.Uint64(h[8:])), Term(binary.LittleEndian.Uint64(h[16:])), entryKind(h[32])
-		if i != e.Last()+1 || t < term || k < entryCommand || k > entryConfiguration {
-			return Entries{}, fmt.Errorf("%w: found index %d, term %d, kind %d after index %d, term %d", errEntryCorrupt, i, t, k, e.Last(), term)
+		if i != e.Last()+1 || t < term || !k.mayHold(n) {
+			return Entries{}, fmt.Errorf("%w: found index %d, term %d, kind %d with %d bytes after index %d, term %d", errEntryCorrupt, i, t, k, n, e.Last(), term)
 		}
 		term = t
 		e.offs = append(e.offs, uint32(off))
@@ -182,14 +204,20 @@ type entryBuilder struct {
 	offs []uint32
 }
 
-func (b *entryBuilder) add(kind entryKind, data []byte) {
-	b.offs = append(b.offs, uint32(len(b.buf)))
+// add adds an entry whose data is these pieces, one after the other.
+func (b *entryBuilder) add(kind entryKind, data ...[]byte) {
+	start := len(b.buf)
+	b.offs = append(b.offs, uint32(start))
 	var h [entryHeaderBytes]byte
-	binary.LittleEndian.PutUint32(h[0:], crc32.Update(0, castagnoli, data)) // completed by seal
-	binary.LittleEndian.PutUint32(h[4:], uint32(len(data)))
 	h[32] = byte(kind)
 	b.buf = append(b.buf, h[:]...)
-	b.buf = append(b.buf, data...)
+	crc := uint32(0)
+	for _, d := range data {
+		crc = crc32.Update(crc, castagnoli, d)
+		b.buf = append(b.buf, d...)
+	}
+	binary.LittleEndian.PutUint32(b.buf[start:], crc) // completed by seal
+	binary.LittleEndian.PutUint32(b.buf[start+4:], uint32(len(b.buf)-start-entryHeaderBytes))
 }
 
 // addUnsealed takes over entries that another node's builder made and that
@@ -201,7 +229,8 @@ func (b *entryBuilder) addUnsealed(raw []byte) error {
 			return errEntryCorrupt
 		}
 		n := uint64(binary.LittleEndian.Uint32(h[4:]))
-		if n > uint64(len(h)-entryHeaderBytes) || entryKind(h[32]) != entryCommand {
+		k := entryKind(h[32])
+		if n > uint64(len(h)-entryHeaderBytes) || !k.proposed() || !k.mayHold(n) {
 			return errEntryCorrupt
 		}
 		if crc32.Update(0, castagnoli, h[entryHeaderBytes:entryHeaderBytes+n]) != binary.LittleEndian.Uint32(h) {
@@ -246,9 +275,16 @@ func makeEntry(kind entryKind, id EntryID, at time.Time, data []byte) Entries {
 	return b.seal(id.Index, id.Term, at)
 }
 
-// dataSize returns how long the data of entry i is.
-func (b *entryBuilder) dataSize(i int) int {
-	return int(binary.LittleEndian.Uint32(b.buf[b.offs[i]+4:]))
+// commandSize returns how long the command in entry i is, false if it holds none.
+func (b *entryBuilder) commandSize(i int) (int, bool) {
+	n := int(binary.LittleEndian.Uint32(b.buf[b.offs[i]+4:]))
+	switch entryKind(b.buf[b.offs[i]+32]) {
+	case entryCommand:
+		return n, true
+	case entryOnce:
+		return n - requestHeadBytes, true
+	}
+	return 0, false
 }
 
 // end returns where entry i ends in buf.

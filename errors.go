@@ -40,6 +40,75 @@ func (e *unknownError) Error() string {
 func (e *unknownError) Is(target error) bool { return target == ErrOutcomeUnknown }
 func (e *unknownError) Unwrap() error        { return e.cause }
 
+// ErrSessionExpired is matched by every *SessionError which says that the
+// session is not open: it expired, was ended or closed, or never was.
+var ErrSessionExpired = errors.New("raft: session is not open any more")
+
+// SessionReason says why a request of a session was not executed.
+type SessionReason byte
+
+const (
+	// SessionUnknown: there is no such session, and it is not remembered that there was.
+	SessionUnknown SessionReason = iota
+	// SessionExpired: it was not used for longer than Config.SessionTimeout.
+	SessionExpired
+	// SessionDisplaced: it made room for others (Config.MaxSessions, Config.MaxSessionsBytes).
+	SessionDisplaced
+	// SessionOverrun: a request was Config.MaxSessionRequests or more above DoneBelow.
+	SessionOverrun
+	// SessionClosed: CloseSession was called.
+	SessionClosed
+	// SessionSequence: the request has a Seq of 0 or below DoneBelow. The session goes on.
+	SessionSequence
+	// SessionWindow: the request is too far above its DoneBelow; this node did
+	// not send it on, and the session goes on.
+	SessionWindow
+)
+
+var sessionReasons = [...]string{
+	SessionUnknown:   "it was never opened in this cluster, or ended so long ago that this is not remembered",
+	SessionExpired:   "it was not used for longer than Config.SessionTimeout",
+	SessionDisplaced: "it was ended to make room for others: Config.MaxSessions or Config.MaxSessionsBytes was reached",
+	SessionOverrun:   "it was ended because one of its requests was Config.MaxSessionRequests or more above DoneBelow",
+	SessionClosed:    "it was closed",
+	SessionSequence:  "requests are numbered from 1 on, and the client has said that it has the answers to all below DoneBelow: their results are gone",
+	SessionWindow:    "it is Config.MaxSessionRequests or more above its DoneBelow: wait for answers and raise DoneBelow",
+}
+
+// SessionError says that a request of a session was not executed. If it was
+// sent before, it may have been executed then.
+type SessionError struct {
+	Reason         SessionReason
+	Session        SessionID
+	Seq, DoneBelow uint64 // of the request, with SessionSequence and SessionWindow; the DoneBelow is the highest that was said
+}
+
+func (e *SessionError) Error() string {
+	if !e.over() {
+		return fmt.Sprintf("raft: request %d of session %d, DoneBelow %d, not executed: %s", e.Seq, e.Session, e.DoneBelow, sessionReasons[e.Reason])
+	}
+	return fmt.Sprintf("raft: session %d is not open: %s; this request was not executed; what became of earlier ones without an answer stays unknown: find out by reading, and open another session",
+		e.Session, sessionReasons[e.Reason])
+}
+
+// over tells whether the session is not open.
+func (e *SessionError) over() bool { return e.Reason <= SessionClosed }
+
+// Is makes errors that say the session is not open match ErrSessionExpired.
+func (e *SessionError) Is(target error) bool { return target == ErrSessionExpired && e.over() }
+
+// ResultSizeError says that a request of a session was executed, once, as entry
+// Index, and that its result is not kept because it has more bytes than
+// Config.MaxResultBytes. Whoever sends the request again is told the same.
+type ResultSizeError struct {
+	Index Index
+	Size  uint64 // of the result, in bytes
+}
+
+func (e *ResultSizeError) Error() string {
+	return fmt.Sprintf("raft: the request was executed once, as entry %d, but its result of %d bytes is over Config.MaxResultBytes and was not kept: read the state machine instead, and have commands of sessions return less", e.Index, e.Size)
+}
+
 // StillRunningError is returned by Close when a call into the state machine or
 // the disk does not return. Everything else is stopped. That call's goroutine
 // ends with the call; Done is closed then, and a further Close waits again.

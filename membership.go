@@ -142,6 +142,13 @@ func decodeConfiguration(b []byte) (configuration, error) {
 	return conf, nil
 }
 
+func appendUint64s(b []byte, vs ...uint64) []byte {
+	for _, v := range vs {
+		b = binary.LittleEndian.AppendUint64(b, v)
+	}
+	return b
+}
+
 func appendString(b []byte, s string) []byte {
 	return append(binary.AppendUvarint(b, uint64(len(s))), s...)
 }

@@ -384,7 +384,7 @@ func (v *service) Forward(args *call[forwardArgs], reply *call[forwardReply]) er
 		return err
 	}
 	for i := range b.offs {
-		if size := b.dataSize(i); size == 0 || size > v.conn.server.conf.MaxCommandBytes {
+		if size, ok := b.commandSize(i); ok && (size == 0 || size > v.conn.server.conf.MaxCommandBytes) {
 			reply.V.Refusal = forwardSize
 			return nil
 		}

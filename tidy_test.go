@@ -26,7 +26,7 @@ import (
 // coreFiles hold the algorithm and what it is made of: no lock, clock,
 // goroutine, channel or I/O. The simulator runs exactly these.
 var coreFiles = []string{
-	"change.go", "core.go", "election.go", "entry.go", "errors.go", "event.go", "health.go", "invariants.go", "lease.go", "log.go", "membership.go", "message.go", "outbox.go", "pending.go", "progress.go", "quorum.go", "readindex.go", "replication.go", "snapshot.go", "transfer.go",
+	"change.go", "core.go", "election.go", "entry.go", "errors.go", "event.go", "health.go", "invariants.go", "lease.go", "log.go", "membership.go", "message.go", "outbox.go", "pending.go", "progress.go", "quorum.go", "readindex.go", "replication.go", "session.go", "snapshot.go", "transfer.go",
 }
 
 // coreImports are all that core files may import. Of the packages with a list,
@@ -84,7 +84,7 @@ var nestedModules = []string{"bench", "cmd/raftctl", "contrib", "e2e"}
 
 // readOnlyGlobals are the package variables that are no errors and that nobody writes.
 var readOnlyGlobals = []string{
-	"codec.go: castagnoli", "entry.go: castagnoli", "errors.go: membershipReasons", "errors.go: transferReasons", "internal/vfs/mem.go: opNames", "internal/vfs/memnode.go: zeroPage", "internal/snap/format.go: castagnoli",
+	"codec.go: castagnoli", "entry.go: castagnoli", "errors.go: membershipReasons", "errors.go: sessionReasons", "errors.go: transferReasons", "internal/vfs/mem.go: opNames", "internal/vfs/memnode.go: zeroPage", "internal/snap/format.go: castagnoli",
 	"internal/wal/format.go: castagnoli", "internal/wal/format.go: zeroBlock",
 }
 
