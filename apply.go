@@ -22,11 +22,11 @@ type applier struct {
 	read    []Entries       // taken from the log, not yet applied
 
 	policy   snapshotPolicy
-	lastTime time.Time // of the newest entry applied
-	config   configAt  // the newest applied
+	lastTime time.Time     // of the newest entry applied
+	config   configAt      // the newest applied
+	sessions *sessionTable // as of the newest applied
 
-	entries []Entry // scratch
-	at      []int   // where in the run each of them is
+	portion portion // scratch
 	settled []*Proposal
 	woken   []chan struct{}
 }
@@ -35,7 +35,7 @@ func newApplier(ctx context.Context, cm *ConsensusModule, conf *Config) *applier
 	b, _ := conf.StateMachine.(BatchApplier)
 	d, _ := conf.StateMachine.(OnDisk)
 	return &applier{
-		cm: cm, ctx: ctx, machine: conf.StateMachine, batch: b, disk: d,
+		cm: cm, ctx: ctx, machine: conf.StateMachine, batch: b, disk: d, sessions: newSessionTable(),
 		policy: snapshotPolicy{
 			everyBytes: int64(conf.SnapshotEveryBytes), everyEntries: int64(conf.SnapshotEveryEntries), keepBytes: int64(conf.KeepLogBytes),
 		},
@@ -102,12 +102,12 @@ func (a *applier) configAfter(run Entries) configAt {
 	return a.config
 }
 
-// metaAfter says what the state includes once run is applied.
+// metaAfter says what the state includes once run is applied, sessions as well.
 func (a *applier) metaAfter(run Entries) []byte {
 	conf := a.configAfter(run)
 	last := run.Len() - 1
 	m := SnapshotMeta{Last: EntryID{run.Last(), run.term(last)}, Time: lastTimeOf(run), ConfigIndex: conf.index, Config: conf.data}
-	return m.encode(nil)
+	return m.encodeWith(a.sessions)
 }
 
 // next returns the next run of committed entries, from memory or from storage.
@@ -149,70 +149,98 @@ func (a *applier) next() (Entries, bool) {
 	return runs[0], true
 }
 
-// apply gives the commands of a run to the state machine. The error is an
-// *ApplyError, when it panicked.
-func (a *applier) apply(run Entries) (results [][]byte, err error) {
-	results = make([][]byte, run.Len())
-	current := run.First()
+// apply gives the commands of a run to the state machine, except for those
+// that a session has had executed before. The error is an *ApplyError: it
+// panicked, or its ApplyOnDisk failed.
+func (a *applier) apply(run Entries) (results outcomes, err error) {
+	results.data = make([][]byte, run.Len())
 	defer a.cm.applying.Store(0)
+	current := run.First()
 	defer func() {
 		if v := recover(); v != nil {
 			err = &ApplyError{Index: current, Value: v, Stack: string(debug.Stack())}
 		}
 	}()
-	a.cm.applying.Store(uint64(current))
-	if a.batch != nil || a.disk != nil {
-		if err := a.applyBatch(run, results); err != nil {
-			return nil, &ApplyError{Index: current, Value: err}
+	p := &a.portion
+	defer func() { clear(p.commands) }()
+	for from := 0; from < run.Len() && !isClosed(a.cm.done); from = p.to {
+		a.sessions.plan(run, from, p)
+		current = run.First() + Index(from)
+		if err := a.execute(p, results.data, &current); err != nil {
+			return results, &ApplyError{Index: current, Value: err}
 		}
-		return results, nil
-	}
-	for i := range run.Len() {
-		if isClosed(a.cm.done) {
-			break // Close says that no further call follows the one that runs; tell sees it too
-		}
-		if run.kind(i) == entryCommand {
-			e := run.entry(i)
-			current = e.Index
-			a.cm.applying.Store(uint64(current))
-			results[i] = a.machine.Apply(e)
-		}
+		results.sessions = append(results.sessions, p.sessions...)
 	}
 	return results, nil
 }
 
-func (a *applier) applyBatch(run Entries, results [][]byte) error {
-	a.entries, a.at = a.entries[:0], a.at[:0]
-	for i := range run.Len() {
-		if run.kind(i) == entryCommand {
-			a.entries, a.at = append(a.entries, run.entry(i)), append(a.at, i)
+// execute gives a portion to the state machine, in the way that it takes
+// entries, and what it returns to the sessions. current is the entry that is
+// being executed, or the first of those that are.
+func (a *applier) execute(p *portion, results [][]byte, current *Index) error {
+	a.cm.applying.Store(uint64(*current))
+	switch {
+	case len(p.commands) == 0:
+	case a.disk != nil:
+		return a.applyOnDisk(p, results)
+	case a.batch != nil:
+		out := p.results(results)
+		a.batch.ApplyBatch(p.commands, out)
+		p.returned(out, results)
+	default:
+		for k, e := range p.commands {
+			if isClosed(a.cm.done) {
+				return nil // Close says that no further call follows the one that runs; tell sees it too
+			}
+			*current = e.Index
+			a.cm.applying.Store(uint64(e.Index))
+			results[p.at[k]] = a.machine.Apply(e)
 		}
 	}
-	if len(a.entries) == 0 {
-		return nil
-	}
-	defer func() { clear(a.entries) }()
-	out := results
-	if len(a.entries) < run.Len() {
-		out = make([][]byte, len(a.entries))
-	}
-	if a.disk != nil {
-		if err := a.disk.ApplyOnDisk(a.entries, out, a.metaAfter(run)); err != nil {
-			return err
-		}
-	} else {
-		a.batch.ApplyBatch(a.entries, out)
-	}
-	if len(a.entries) < run.Len() {
-		for k, i := range a.at {
-			results[i] = out[k]
-		}
-	}
+	a.sessions.executed(p, results)
 	return nil
 }
 
+// applyOnDisk has a portion executed and, in the same transaction, stored what
+// the state includes then. The results of sessions are part of that, so it is
+// made when they are there.
+func (a *applier) applyOnDisk(p *portion, results [][]byte) error {
+	out := p.results(results)
+	var meta []byte
+	err := a.disk.ApplyOnDisk(p.commands, out, func() []byte {
+		if meta == nil {
+			p.returned(out, results)
+			a.sessions.executed(p, results)
+			meta = a.metaAfter(p.run.slice(0, p.to))
+		}
+		return meta
+	})
+	if err == nil && meta == nil {
+		err = errMetaNotStored
+	}
+	return err
+}
+
+// results returns where the state machine puts the results of a portion's
+// commands: where they belong, if there is one for each entry.
+func (p *portion) results(all [][]byte) [][]byte {
+	if len(p.commands) == len(all) {
+		return all
+	}
+	return make([][]byte, len(p.commands))
+}
+
+// returned puts the results of commands in their places among all of the run.
+func (p *portion) returned(out, all [][]byte) {
+	if len(out) < len(all) {
+		for k, i := range p.at {
+			all[i] = out[k]
+		}
+	}
+}
+
 // tell wakes everybody who waited for this run.
-func (a *applier) tell(run Entries, results [][]byte) {
+func (a *applier) tell(run Entries, results outcomes) {
 	cm := a.cm
 	cm.mu.Lock()
 	if cm.core.role != Dead { // otherwise die has told them

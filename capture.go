@@ -119,12 +119,14 @@ func (a *applier) capture() {
 		return
 	}
 	rand.Read(meta.ID[:])
+	sessions := a.sessions.encode(nil)
+	meta.Sessions = uint64(len(sessions))
 	upTo := a.policy.take()
 	captured, err := a.callSnapshot(meta.Last.Index)
 	started := false
 	if err == nil {
 		cm.mu.Lock()
-		if started = cm.start(func() { a.runCapture(meta, upTo, captured, waiting) }); started {
+		if started = cm.start(func() { a.runCapture(meta, sessions, upTo, captured, waiting) }); started {
 			cm.diskUsers.add()
 		}
 		cm.unlock()
@@ -161,13 +163,15 @@ func recovered(op string, i Index, err *error) {
 }
 
 // runCapture makes a captured state durable, beside applying.
-func (a *applier) runCapture(meta SnapshotMeta, upTo Index, captured Capture, waiting []chan error) {
+func (a *applier) runCapture(meta SnapshotMeta, sessions []byte, upTo Index, captured Capture, waiting []chan error) {
 	cm := a.cm
 	defer cm.leaveDisk()
 	cm.writing.Add(1)
 	w, err := cm.storage.CreateSnapshot(meta)
 	if err == nil {
-		err = a.callWriteTo(meta.Last.Index, captured, w)
+		if _, err = w.Write(sessions); err == nil {
+			err = a.callWriteTo(meta.Last.Index, captured, w)
+		}
 		if err == nil && isClosed(cm.done) {
 			err = ErrStopped
 		}
@@ -256,12 +260,12 @@ func (a *applier) restore(last EntryID) error {
 	}
 	defer r.Close()
 	cm.applying.Store(uint64(last.Index))
-	err = callRestore(a.ctx, a.machine, &meta, r)
+	sessions, err := callRestore(a.ctx, a.machine, &meta, r)
 	cm.applying.Store(0)
 	if err != nil {
 		return err
 	}
-	a.restored(&meta)
+	a.restored(&meta, sessions)
 	cm.mu.Lock()
 	var settled []*Proposal
 	var woken []chan struct{}
@@ -274,26 +278,49 @@ func (a *applier) restore(last EntryID) error {
 }
 
 // restored notes what the restored state includes.
-func (a *applier) restored(meta *SnapshotMeta) {
-	a.read = nil
+func (a *applier) restored(meta *SnapshotMeta, sessions *sessionTable) {
+	a.read, a.sessions = nil, sessions
 	a.lastTime, a.config = meta.Time, configAt{meta.ConfigIndex, meta.Config}
 	a.policy.restored(meta.Last.Index)
 }
 
-// callRestore calls the state machine's Restore. An error of the reader, which
-// says that the snapshot is damaged, comes back as it is.
-func callRestore(ctx context.Context, m StateMachine, meta *SnapshotMeta, r SnapshotReader) (err error) {
+// callRestore reads the sessions of a snapshot and calls the state machine's
+// Restore with the rest. An error of the reader, which says that the snapshot is
+// damaged, comes back as it is.
+func callRestore(ctx context.Context, m StateMachine, meta *SnapshotMeta, r SnapshotReader) (sessions *sessionTable, err error) {
 	defer recovered("Restore", meta.Last.Index, &err)
-	in := &contextReader{ctx: ctx, r: io.NewSectionReader(r, 0, r.Size())}
+	if sessions, err = readSessions(meta, r); err != nil {
+		return nil, err
+	}
+	at := int64(meta.Sessions)
+	in := &contextReader{ctx: ctx, r: io.NewSectionReader(r, at, r.Size()-at)}
 	if d, ok := m.(OnDisk); ok {
-		err = d.RestoreOnDisk(bufio.NewReaderSize(in, 256<<10), meta.encode(nil))
+		err = d.RestoreOnDisk(bufio.NewReaderSize(in, 256<<10), meta.encodeWith(sessions))
 	} else {
 		err = m.Restore(bufio.NewReaderSize(in, 256<<10))
 	}
 	if err != nil && in.err == nil {
-		return &SnapshotError{Op: "Restore", Index: meta.Last.Index, Err: err}
+		return nil, &SnapshotError{Op: "Restore", Index: meta.Last.Index, Err: err}
 	}
-	return in.err
+	return sessions, in.err
+}
+
+// readSessions reads the sessions, with which a snapshot begins. What is wrong
+// with them is no damage, which a checksum would have shown.
+func readSessions(meta *SnapshotMeta, r SnapshotReader) (*sessionTable, error) {
+	err := error(errSessions)
+	var sessions *sessionTable
+	if meta.Sessions <= uint64(r.Size()) {
+		b := make([]byte, meta.Sessions)
+		if n, err := r.ReadAt(b, 0); n < len(b) {
+			return nil, err
+		}
+		sessions, err = decodeSessions(b)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("raft: the snapshot up to entry %d can't be used: %w; a newer version of this program may have written it", meta.Last.Index, err)
+	}
+	return sessions, nil
 }
 
 // contextReader ends with ctx, and remembers why reading failed.

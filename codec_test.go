@@ -1057,6 +1057,8 @@ func wireExamples() map[string][]byte {
 	}
 	var unsealed entryBuilder
 	unsealed.add(entryCommand, []byte("hi"))
+	var once entryBuilder
+	once.add(entryOnce, RequestID{Session: 3, Seq: 7, DoneBelow: 6}.encode(), []byte("hi"))
 	list := []Member{{ID: "a", Addr: "10.0.0.1:7000"}, {ID: "b", Addr: "10.0.0.2:7000"}}
 	f, err := newFormation("demo", "a", dir(0xaa), list)
 	if err == nil {
@@ -1087,6 +1089,7 @@ func wireExamples() map[string][]byte {
 		"append refusal":                    frame(frameReply, 2, &appendReply{Term: 5, Hint: EntryID{7, 3}}, ""),
 		"forward request":                   frame(frameRequest, 4, &forwardArgs{From: 1, Count: 1, Encoded: unsealed.buf}, ""),
 		"forward reply":                     frame(frameReply, 4, &forwardReply{First: EntryID{11, 5}}, ""),
+		"session request":                   frame(frameRequest, 4, &forwardArgs{From: 1, Count: 1, Encoded: once.buf}, ""),
 		"snapshot block": frame(frameRequest, 5, &snapshotArgs{Term: 5, Leader: 2, Meta: SnapshotMeta{
 			ID: dir(0xcc), Last: EntryID{9, 4}, Time: time.Unix(0, 0x0102030405060708), ConfigIndex: 1, Config: f.conf.encode(),
 		}, Size: 4, Offset: 2, Data: []byte("hi")}, ""),

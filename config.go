@@ -69,17 +69,19 @@ type BatchApplier interface {
 // of its own, so that a restart need neither restore a snapshot nor apply the
 // log again. Its methods are then called in place of Apply and Restore.
 //
-// meta is opaque and at most 1 MiB. It says what the state includes, so it must
-// change in the same transaction as the state: after a crash both are as they
-// were, or both as they are now. Transactions may be made durable later, if they
+// meta is opaque. It says what the state includes, so it must change in the same
+// transaction as the state: after a crash both are as they were, or both as they
+// are now. It has some hundred bytes and, where clients open sessions, all of
+// these with the results that they keep, at most Config.MaxSessionsBytes more. Transactions may be made durable later, if they
 // are in order. Entries come only when the log on this node's disk has them.
 type OnDisk interface {
 	// Meta returns what the newest transaction that survived has stored, nil in
 	// an empty database. It is called once, by Start.
 	Meta() ([]byte, error)
-	// ApplyOnDisk executes the entries and stores meta. It sets one result per
-	// entry. After an error or a panic nothing more is applied on this node.
-	ApplyOnDisk(entries []Entry, results [][]byte, meta []byte) error
+	// ApplyOnDisk executes the entries, sets one result per entry, and then
+	// calls meta and stores what it returns. After an error or a panic nothing
+	// more is applied on this node.
+	ApplyOnDisk(entries []Entry, results [][]byte, meta func() []byte) error
 	// RestoreOnDisk replaces the whole state by what a Capture wrote, and stores meta.
 	RestoreOnDisk(r io.Reader, meta []byte) error
 }
@@ -136,6 +138,14 @@ type Config struct {
 	KeepLogBytes              int // of the log are kept behind a snapshot, for followers that are a little behind; default 64 MiB
 	MaxSnapshotBytesPerSecond int // sent to one follower; default 64 MiB
 
+	// Bounds of client sessions (see Server.OpenSession), alike on all nodes: those
+	// of the node on which the newest session was opened hold for all sessions.
+	SessionTimeout     time.Duration // without a request, by the leaders' clocks, after which a session ends; default 1h
+	MaxSessions        int           // default 10,000; beyond, the one used longest ago ends
+	MaxSessionRequests int           // how far a session's Seq may be above DoneBelow; default 1024
+	MaxResultBytes     int           // of one result that a session keeps; default 64 KiB
+	MaxSessionsBytes   int           // of all results that are kept, and 64 for each of them and for each session; default 64 MiB; beyond, the session that keeps most ends
+
 	Logger *slog.Logger // nil: slog.Default()
 
 	versions       wireVersions  // of the wire; tests mix releases by it
@@ -187,6 +197,10 @@ func (c Config) Validate() error {
 		{"MaxSnapshotBytesPerSecond", c.MaxSnapshotBytesPerSecond, 1 << 10, 1 << 40},
 		{"MaxSegmentBytes", c.MaxSegmentBytes, 1 << 20, 1 << 30},
 		{"MaxClockDriftPercent", c.MaxClockDriftPercent, 1, 100},
+		{"MaxSessions", c.MaxSessions, 1, 1 << 24},
+		{"MaxSessionRequests", c.MaxSessionRequests, 1, 1 << 24},
+		{"MaxResultBytes", c.MaxResultBytes, 1, 1 << 30},
+		{"MaxSessionsBytes", c.MaxSessionsBytes, c.MaxResultBytes + sessionCost + resultCost, 1 << 30},
 	} {
 		if f.value < f.min || f.value > f.max {
 			bad("%s: %d is outside %d to %d", f.name, f.value, f.min, f.max)
@@ -238,6 +252,9 @@ func (c *Config) validateTiming(bad func(string, ...any)) {
 	if !c.unstableTiming && c.ElectionTimeout < 3*c.HeartbeatInterval {
 		bad("ElectionTimeout: %v is below three times HeartbeatInterval (%v): one late heartbeat would depose a healthy leader, and leaders would churn", c.ElectionTimeout, c.HeartbeatInterval)
 	}
+	if c.SessionTimeout < time.Second {
+		bad("SessionTimeout: %v is below 1s; clients send a request at least that often, or lose their session", c.SessionTimeout)
+	}
 	if c.DisableCheckQuorum && !c.DisablePreVote {
 		bad("DisableCheckQuorum: needs DisablePreVote too: with pre-votes alone, a leader that can send but not receive would stay for ever")
 	}
@@ -268,6 +285,11 @@ func (c Config) withDefaults() Config {
 	setDefault(&c.SnapshotEveryEntries, 1_000_000)
 	setDefault(&c.KeepLogBytes, 64<<20)
 	setDefault(&c.MaxSnapshotBytesPerSecond, 64<<20)
+	setDefault(&c.SessionTimeout, time.Hour)
+	setDefault(&c.MaxSessions, 10_000)
+	setDefault(&c.MaxSessionRequests, 1024)
+	setDefault(&c.MaxResultBytes, 64<<10)
+	setDefault(&c.MaxSessionsBytes, 64<<20)
 	setDefault(&c.closeGrace, 1500*time.Millisecond)
 	setDefault(&c.versions, wireVersions{minWireVersion, maxWireVersion})
 	if c.sleptFor == nil {
@@ -294,6 +316,13 @@ func setDefault[T comparable](field *T, value T) {
 	var zero T
 	if *field == zero {
 		*field = value
+	}
+}
+
+func (c *Config) sessionLimits() sessionLimits {
+	return sessionLimits{
+		timeout: uint64(c.SessionTimeout), sessions: uint64(c.MaxSessions), requests: uint64(c.MaxSessionRequests),
+		resultBytes: uint64(c.MaxResultBytes), totalBytes: uint64(c.MaxSessionsBytes),
 	}
 }
 

@@ -46,6 +46,7 @@ func TestConfigNamesEveryBadField(t *testing.T) {
 		HeartbeatInterval: time.Microsecond, ElectionTimeout: time.Microsecond, DisableCheckQuorum: true,
 		MaxCommandBytes: 1 << 30, MaxQueueBytes: -1, MaxUncommittedBytes: -1, MaxFrameBytes: -1,
 		MaxInflightAppends: -1, MaxInflightBytes: -1, MaxLogMemoryBytes: -1, MaxSegmentBytes: 1,
+		SessionTimeout: time.Millisecond, MaxSessions: -1, MaxSessionRequests: -1, MaxResultBytes: 1000, MaxSessionsBytes: 1000,
 	}
 	_, err = Start(t.Context(), c)
 	if err == nil {
@@ -54,7 +55,8 @@ func TestConfigNamesEveryBadField(t *testing.T) {
 	for _, field := range []string{"ID:", "ClusterID:", "StateMachine:", "Dir and Storage:", "Listen and Listener:",
 		"Bootstrap[0].Addr:", "Bootstrap[1].ID:", "Bootstrap[1].Learner:", "Bootstrap: this node", "HeartbeatInterval:",
 		"ElectionTimeout:", "DisableCheckQuorum:", "MaxCommandBytes:", "MaxQueueBytes:", "MaxUncommittedBytes:",
-		"MaxFrameBytes:", "MaxInflightAppends:", "MaxInflightBytes:", "MaxLogMemoryBytes:", "MaxSegmentBytes:"} {
+		"MaxFrameBytes:", "MaxInflightAppends:", "MaxInflightBytes:", "MaxLogMemoryBytes:", "MaxSegmentBytes:",
+		"SessionTimeout:", "MaxSessions:", "MaxSessionRequests:", "MaxSessionsBytes: 1000 is outside 1128"} {
 		if !strings.Contains(err.Error(), field) {
 			t.Errorf("the error does not name %s\n%v", field, err)
 		}

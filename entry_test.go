@@ -70,6 +70,27 @@ func TestParseEntriesRefusesDamage(t *testing.T) {
 	}
 }
 
+// Each kind has the data that it may have, from a disk or a peer as well as
+// forwarded, where there are no kinds that only leaders write.
+func TestEntryKinds(t *testing.T) {
+	for kind := entryKind(0); kind < 9; kind++ {
+		for _, n := range []int{0, 1, closeDataBytes - 1, closeDataBytes, requestHeadBytes, requestHeadBytes + 1, openDataBytes, openDataBytes + 1} {
+			want := map[entryKind]bool{
+				entryCommand: true, entryNoop: true, entryConfiguration: true,
+				entryOpenSession: n == openDataBytes, entryCloseSession: n == closeDataBytes, entryOnce: n > requestHeadBytes,
+			}[kind]
+			if _, err := ParseEntries(1, makeEntry(kind, EntryID{1, 1}, simEpoch, make([]byte, n)).Encoded()); (err == nil) != want {
+				t.Errorf("kind %d with %d bytes: %v", kind, n, err)
+			}
+			var from, to entryBuilder
+			from.add(kind, make([]byte, n))
+			if err := to.addUnsealed(from.buf); (err == nil) != (want && kind != entryNoop && kind != entryConfiguration) {
+				t.Errorf("kind %d with %d bytes, forwarded: %v", kind, n, err)
+			}
+		}
+	}
+}
+
 func TestEntriesSliceAndUpTo(t *testing.T) {
 	e := sealed(10, 1, "a", "bb", "ccc", "dddd")
 	for i := range e.Len() + 1 {

@@ -28,6 +28,8 @@ var ErrOutcomeUnknown = errors.New("raft: outcome unknown")
 
 var errResultDropped = errors.New("raft: entry was applied, but its result is no longer held")
 
+var errMetaNotStored = errors.New("raft: ApplyOnDisk has not called meta: it must store what meta returns, in the same transaction")
+
 var errRestored = errors.New("raft: the node was restored from another node's snapshot, which may include the command")
 
 func outcomeUnknown(cause error) error { return &unknownError{cause} }

@@ -46,7 +46,7 @@ func (m tableMachine) Snapshot() (Capture, error) {
 	return CaptureBytes(strings.Join(m.newest().lines, "\n")), nil
 }
 
-func (m tableMachine) ApplyOnDisk(entries []Entry, results [][]byte, meta []byte) error {
+func (m tableMachine) ApplyOnDisk(entries []Entry, results [][]byte, meta func() []byte) error {
 	if m.fault != nil {
 		return m.fault
 	}
@@ -56,7 +56,7 @@ func (m tableMachine) ApplyOnDisk(entries []Entry, results [][]byte, meta []byte
 		results[i] = fmt.Append(nil, len(lines))
 		m.applies++
 	}
-	m.versions = append(m.versions, tableVersion{lines, bytes.Clone(meta)})
+	m.versions = append(m.versions, tableVersion{lines, bytes.Clone(meta())})
 	return nil
 }
 

@@ -80,9 +80,9 @@ func newProposals(n int) (ps []*Proposal) {
 	return ps
 }
 
-func resultsOf(e Entries) (out [][]byte) {
+func resultsOf(e Entries) (out outcomes) {
 	for i := range e.Len() {
-		out = append(out, append([]byte("did "), e.data(i)...))
+		out.data = append(out.data, append([]byte("did "), e.data(i)...))
 	}
 	return out
 }

@@ -36,7 +36,23 @@ type appliedWait struct {
 
 type keptResults struct {
 	entries Entries
-	results [][]byte
+	results outcomes
+}
+
+// outcomes is what a run of entries returned: one result for each, and what
+// the sessions say about the entries that concern them.
+type outcomes struct {
+	data     [][]byte
+	sessions []admission // by ascending place in the run
+}
+
+// of returns what the proposer of entry i of the run is told.
+func (o *outcomes) of(i int, id EntryID) (Result, error) {
+	k, found := slices.BinarySearchFunc(o.sessions, i, func(a admission, i int) int { return a.at - i })
+	if found {
+		return o.sessions[k].outcome(id)
+	}
+	return Result{Index: id.Index, Term: id.Term, Data: o.data[i]}, nil
 }
 
 // add registers proposals that became the entries from first on. It returns
@@ -76,35 +92,36 @@ func supersede(ps []*Proposal, settled []*Proposal) []*Proposal {
 // lookup settles a proposal whose entry was applied before anybody knew that
 // it is this proposal's.
 func (w *pending) lookup(id EntryID, p *Proposal) {
-	for _, k := range w.kept {
+	for j := range w.kept {
+		k := &w.kept[j]
 		if id.Index < k.entries.First() || id.Index > k.entries.Last() {
 			continue
 		}
 		i := int(id.Index - k.entries.First())
-		answer(p, k.entries, i, id.Term, k.results)
+		answer(p, k.entries, i, id.Term, &k.results)
 		return
 	}
 	p.err = outcomeUnknown(errResultDropped)
 }
 
-func answer(p *Proposal, e Entries, i int, term Term, results [][]byte) {
+func answer(p *Proposal, e Entries, i int, term Term, results *outcomes) {
 	id := EntryID{e.First() + Index(i), e.term(i)}
 	if id.Term != term {
 		p.err = ErrSuperseded
 		return
 	}
-	p.result = Result{Index: id.Index, Term: id.Term, Data: results[i]}
+	p.result, p.err = results.of(i, id)
 }
 
 // onApplied settles whoever waits for these entries and returns the proposals
-// and waits to wake. results has one element per entry.
-func (w *pending) onApplied(e Entries, results [][]byte, settled []*Proposal, woken []chan struct{}) ([]*Proposal, []chan struct{}) {
+// and waits to wake. results.data has one element per entry.
+func (w *pending) onApplied(e Entries, results outcomes, settled []*Proposal, woken []chan struct{}) ([]*Proposal, []chan struct{}) {
 	w.applied, w.term = e.Last(), e.term(e.Len()-1)
 	if w.forwards > 0 {
 		w.keep(e, results)
 	}
 	settled = w.settle(settled, func(p *Proposal, id EntryID) {
-		answer(p, e, int(id.Index-e.First()), id.Term, results)
+		answer(p, e, int(id.Index-e.First()), id.Term, &results)
 	})
 	return settled, w.reached(woken)
 }
@@ -152,7 +169,7 @@ func (w *pending) reached(woken []chan struct{}) []chan struct{} {
 	return woken
 }
 
-func (w *pending) keep(e Entries, results [][]byte) {
+func (w *pending) keep(e Entries, results outcomes) {
 	w.kept = append(w.kept, keptResults{e, results})
 	w.keptBytes += e.size()
 	for w.keptBytes > w.maxKept && len(w.kept) > 1 {

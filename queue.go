@@ -66,21 +66,22 @@ type proposalBatch struct {
 	proposals []*Proposal
 }
 
-// add copies cmd. It returns a rejection if there is no room.
-func (q *proposalQueue) add(cmd []byte, p *Proposal) error {
+// add copies cmd, and head, which stands before it. It returns a rejection if
+// there is no room.
+func (q *proposalQueue) add(kind entryKind, head, cmd []byte, p *Proposal) error {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	if q.closed != nil {
 		return q.closed
 	}
 	b := &q.batch
-	if len(b.entries.buf)+len(cmd) > q.maxBytes && len(b.proposals) > 0 {
+	if len(b.entries.buf)+len(head)+len(cmd) > q.maxBytes && len(b.proposals) > 0 {
 		return ErrOverloaded
 	}
 	if b.entries.buf == nil {
-		b.entries.buf = make([]byte, 0, q.lastBytes+len(cmd)+entryHeaderBytes)
+		b.entries.buf = make([]byte, 0, q.lastBytes+len(head)+len(cmd)+entryHeaderBytes)
 	}
-	b.entries.add(entryCommand, cmd)
+	b.entries.add(kind, head, cmd)
 	b.proposals = append(b.proposals, p)
 	q.bytes.Store(int64(len(b.entries.buf)))
 	return nil

@@ -10,7 +10,7 @@ import (
 
 func newQueued(q *proposalQueue, cmd string) *Proposal {
 	p := &Proposal{done: make(chan struct{})}
-	if err := q.add([]byte(cmd), p); err != nil {
+	if err := q.add(entryCommand, nil, []byte(cmd), p); err != nil {
 		p.finish(err)
 	}
 	return p

@@ -26,6 +26,7 @@ type Server struct {
 	nonce        uint64
 	boot         uint64          // how often the directory was opened
 	restoredFrom *SnapshotMeta   // that the state machine was restored from at the start
+	sessions     *sessionTable   // with it
 	formWake     chan struct{}   // signalled when entry 1 is decided
 	ctx          context.Context // ends when the node dies: every dial and wait
 	cancel       context.CancelFunc
@@ -129,7 +130,7 @@ func (s *Server) recover(ctx context.Context) (*core, error) {
 // keeps its state on disk is left alone if it is there already.
 func (s *Server) restoreState(ctx context.Context, c *core, rec *Recovered) error {
 	if d, ok := s.conf.StateMachine.(OnDisk); ok {
-		meta, err := readMeta(d)
+		meta, sessions, err := readMeta(d)
 		if err != nil {
 			return err
 		}
@@ -140,7 +141,7 @@ func (s *Server) restoreState(ctx context.Context, c *core, rec *Recovered) erro
 			return err
 		}
 		if meta.Last.Index > 0 && meta.Last.Index >= c.log.start.Index {
-			s.restoredFrom = meta
+			s.restoredFrom, s.sessions = meta, sessions
 			return nil
 		}
 	}
@@ -151,19 +152,19 @@ func (s *Server) restoreState(ctx context.Context, c *core, rec *Recovered) erro
 	return err
 }
 
-func readMeta(d OnDisk) (*SnapshotMeta, error) {
+func readMeta(d OnDisk) (*SnapshotMeta, *sessionTable, error) {
 	b, err := d.Meta()
 	if err != nil {
-		return nil, fmt.Errorf("raft: the state machine's Meta failed: %w; open its database before Start", err)
+		return nil, nil, fmt.Errorf("raft: the state machine's Meta failed: %w; open its database before Start", err)
 	}
 	if b == nil {
-		return &SnapshotMeta{}, nil
+		return &SnapshotMeta{}, nil, nil
 	}
-	meta, err := decodeSnapshotMeta(b)
+	meta, sessions, err := decodeWithSessions(b)
 	if err != nil {
-		return nil, fmt.Errorf("raft: the state machine's Meta returned %d bytes that are not what ApplyOnDisk or RestoreOnDisk was given (%w); return the stored bytes as they are", len(b), err)
+		return nil, nil, fmt.Errorf("raft: the state machine's Meta returned %d bytes that are not what ApplyOnDisk or RestoreOnDisk was given (%w); return the stored bytes as they are", len(b), err)
 	}
-	return &meta, nil
+	return &meta, sessions, nil
 }
 
 // restore restores the state machine from what restoreNewest chooses.
@@ -173,7 +174,7 @@ func (s *Server) restore(ctx context.Context, rec *Recovered) error {
 		_, r, err := s.storage.OpenSnapshot(meta.Last)
 		if err == nil {
 			begun = true
-			err = callRestore(ctx, s.conf.StateMachine, meta, r)
+			s.sessions, err = callRestore(ctx, s.conf.StateMachine, meta, r)
 			r.Close()
 		}
 		if corrupt := (*CorruptError)(nil); errors.As(err, &corrupt) {
@@ -189,7 +190,7 @@ func (s *Server) run(c *core) {
 	s.cm = newConsensusModule(s.storage, c, &s.conf, s.events)
 	s.machine = newApplier(s.ctx, s.cm, &s.conf)
 	if s.restoredFrom != nil {
-		s.machine.restored(s.restoredFrom)
+		s.machine.restored(s.restoredFrom, s.sessions)
 		s.cm.pending.applied, s.cm.pending.term = s.restoredFrom.Last.Index, s.restoredFrom.Last.Term
 	}
 	s.cm.run(s, s.machine)
@@ -221,33 +222,27 @@ func (s *Server) stopped() {
 // ErrSuperseded), after which cmd will never commit, or matches
 // ErrOutcomeUnknown. ctx governs the wait, never the commit.
 func (s *Server) Propose(ctx context.Context, cmd []byte) (Result, error) {
-	if err := ctx.Err(); err != nil {
-		return Result{}, fmt.Errorf("%w: %w", ErrNoLeader, err)
-	}
-	p := s.Submit(cmd)
-	select {
-	case <-p.done:
-		return p.result, p.err
-	case <-ctx.Done():
-	}
-	if !isClosed(p.done) && p.abandon() {
-		return Result{}, fmt.Errorf("%w: %w", ErrNoLeader, ctx.Err())
-	}
-	return p.Wait(ctx)
+	return s.await(ctx, func() *Proposal { return s.Submit(cmd) })
 }
 
 // Submit is Propose without the wait. It never blocks; every error comes from
 // the proposal's Wait.
-func (s *Server) Submit(cmd []byte) *Proposal {
+func (s *Server) Submit(cmd []byte) *Proposal { return s.submit(entryCommand, nil, cmd, nil) }
+
+// submit proposes an entry: head, and then cmd if it is one with a command. id
+// is not nil for a command that has one.
+func (s *Server) submit(kind entryKind, head, cmd []byte, id *RequestID) *Proposal {
 	p := &Proposal{done: make(chan struct{})}
-	if len(cmd) == 0 || len(cmd) > s.conf.MaxCommandBytes {
-		p.finish(fmt.Errorf("%w: %d bytes, want 1 to %d (Config.MaxCommandBytes)", ErrCommandSize, len(cmd), s.conf.MaxCommandBytes))
-		return p
+	if kind == entryCommand || kind == entryOnce {
+		if len(cmd) == 0 || len(cmd) > s.conf.MaxCommandBytes {
+			p.finish(fmt.Errorf("%w: %d bytes, want 1 to %d (Config.MaxCommandBytes)", ErrCommandSize, len(cmd), s.conf.MaxCommandBytes))
+			return p
+		}
+		if s.conf.history != nil {
+			s.conf.history.submitted(s.conf.ID, cmd, id, p)
+		}
 	}
-	if s.conf.history != nil {
-		s.conf.history.submitted(s.conf.ID, cmd, p)
-	}
-	if err := s.cm.queue.add(cmd, p); err != nil {
+	if err := s.cm.queue.add(kind, head, cmd, p); err != nil {
 		p.finish(err)
 		return p
 	}

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"os"
 	"slices"
 	"strings"
 	"testing"
@@ -226,6 +227,26 @@ func TestSessionLimitsFromLog(t *testing.T) {
 	c.want("for a second", []string{c.one(b, 2, 0, "x")}, "expired")
 }
 
+// Smaller bounds in a run see the results before them, as they would alone: the
+// session that keeps most goes.
+func TestSessionLimitsInRun(t *testing.T) {
+	c := newSessionCheck(t)
+	limits := testSessionLimits
+	limits.resultBytes, limits.totalBytes = 100, 10_000
+	open := func() SessionID {
+		c.run(func(l *sessionLog) { l.open(limits) })
+		return SessionID(c.last)
+	}
+	x, y := open(), open()
+	c.one(y, 1, 0, strings.Repeat("y", 70))
+	c.run(func(l *sessionLog) {
+		l.request(RequestID{x, 1, 0}, strings.Repeat("x", 80))
+		limits.totalBytes = 3*sessionCost + 2*resultCost + 69
+		l.open(limits)
+	})
+	c.want("x kept most", []string{c.one(x, 1, 0, "x"), c.one(y, 1, 0, "y")}, "displaced", "3: "+strings.Repeat("y", 70))
+}
+
 // Errors say what to do, and which of them mean that the session is over.
 func TestSessionErrors(t *testing.T) {
 	for r := SessionUnknown; r <= SessionWindow; r++ {
@@ -401,7 +422,7 @@ func drawSessionOps(t *rapid.T) (ops []sessionOp) {
 		if i == 0 {
 			op.kind = entryOpenSession
 		}
-		op.cmd = strings.Repeat("x", rapid.IntRange(1, 12).Draw(t, "size"))
+		op.cmd = strings.Repeat("x", rapid.SampledFrom([]int{1, 2, 10, 11, 60, 80, 81}).Draw(t, "size"))
 		if len(opened) > 0 {
 			op.id.Session = opened[len(opened)-1-rapid.IntRange(0, min(len(opened)-1, 4)).Draw(t, "session")]
 		}
@@ -412,6 +433,7 @@ func drawSessionOps(t *rapid.T) (ops []sessionOp) {
 			op.limits.sessions = uint64(rapid.IntRange(1, 4).Draw(t, "sessions"))
 			op.limits.totalBytes = uint64(rapid.IntRange(2*sessionCost, 1000).Draw(t, "bytes"))
 			op.limits.requests = uint64(rapid.IntRange(1, 6).Draw(t, "requests"))
+			op.limits.resultBytes = rapid.SampledFrom([]uint64{10, 80}).Draw(t, "result bytes")
 		case entryOnce:
 			op.id.Seq = uint64(rapid.IntRange(0, 9).Draw(t, "seq"))
 			op.id.DoneBelow = uint64(rapid.SampledFrom([]int{0, 0, 0, 0, 1, 2, 4, 7}).Draw(t, "below"))
@@ -499,18 +521,36 @@ func applyOps(t *rapid.T, table *sessionTable, first int, ops []sessionOp) []str
 	return told
 }
 
-// Damaged tables are refused, whatever the damage, without a panic.
-func FuzzSessions(f *testing.F) {
+// TestSessionsExample: docs/FORMAT.md shows the exact bytes of a table.
+func TestSessionsExample(t *testing.T) {
+	doc, err := os.ReadFile("docs/FORMAT.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, shown, _ := strings.Cut(string(doc), "```sessions\n")
+	shown, _, _ = strings.Cut(shown, "```")
+	if want := hexLines(exampleSessions().encode(nil)); shown != want {
+		t.Errorf("docs/FORMAT.md shows\n%s\nthe code writes\n```sessions\n%s```", shown, want)
+	}
+}
+
+// exampleSessions has one open session and one that was closed.
+func exampleSessions() *sessionTable {
 	t := newSessionTable()
-	f.Add(t.encode(nil))
-	t.limits = testSessionLimits
-	t.open(3, 5, testSessionLimits.encode(nil))
-	t.open(4, 6, testSessionLimits.encode(nil))
+	limits := sessionLimits{timeout: uint64(time.Hour), sessions: 10_000, requests: 1024, resultBytes: 64 << 10, totalBytes: 64 << 20}
+	t.open(3, 5, limits.encode(nil))
+	t.open(4, 6, limits.encode(nil))
 	a := admission{}
 	t.request(&a, EntryID{5, 1}, 7, append(RequestID{3, 2, 1}.encode(), "cmd"...))
-	t.record(&a, []byte("result"))
+	t.record(&a, []byte("ok"))
 	t.close(4)
-	f.Add(t.encode(nil))
+	return t
+}
+
+// Damaged tables are refused, whatever the damage, without a panic.
+func FuzzSessions(f *testing.F) {
+	f.Add([]byte(nil))
+	f.Add(exampleSessions().encode(nil))
 	f.Fuzz(func(t *testing.T, b []byte) {
 		table, err := decodeSessions(b)
 		if err != nil {

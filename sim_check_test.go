@@ -14,6 +14,7 @@ type ledger struct {
 	entries   [][]ledgerEntry // by index: every entry that was ever appended anywhere
 	committed []ledgerCommit  // committed[i-1] is entry i
 	elections int
+	sessions  *sessionTable // as of the newest committed entry, taken one entry at a time
 
 	conf    configEntry    // the newest committed configuration
 	inForce *configuration // by which the newest committed entry was committed
@@ -35,13 +36,26 @@ type ledgerCommit struct {
 	by      Term // the leader's that committed it
 	result  []byte
 	machine simMachine // after it
+	told    string     // what its proposer is told, if it is about a session
+	digest  uint64     // of the sessions after it
 }
 
 func (b *ledger) init(s *sim) {
 	b.conf, b.inForce = configEntry{1, s.conf}, &s.conf
 	b.leaders, b.votes = map[Term]int{}, map[voteKey]memberID{}
 	b.entries = make([][]ledgerEntry, 1, 1024)
+	b.sessions = newSessionTable()
 }
+
+// digestAt is of the sessions after entry i.
+func (b *ledger) digestAt(i Index) uint64 {
+	if i == 0 {
+		return sessionDigest(newSessionTable())
+	}
+	return b.committed[i-1].digest
+}
+
+func sessionDigest(t *sessionTable) uint64 { return contentHash(t.encode(nil)) }
 
 func (b *ledger) machineAt(i Index) simMachine {
 	if i == 0 {
@@ -258,24 +272,56 @@ func (b *ledger) extend(s *sim, n *simNode, i Index, term Term) {
 	if err != nil {
 		s.fail("entry %d: %v", i, err)
 	}
-	m := b.machineAt(i - 1)
-	result := m.apply(run, 0)
+	e := ledgerCommit{term: term, by: n.core.currentTerm, machine: b.machineAt(i - 1), digest: b.digestAt(i - 1)}
+	b.execute(s, run, &e)
+	m := &e.machine
 	if at := run.entry(0).Time; at.Before(m.last) && run.kind(0) != entryConfiguration {
 		s.fail("entry %d is stamped %v, before its predecessor's %v", i, at, m.last)
 	} else if run.kind(0) != entryConfiguration {
 		m.last = at
 	}
-	b.committed = append(b.committed, ledgerCommit{term: term, by: n.core.currentTerm, result: result, machine: m})
+	b.committed = append(b.committed, e)
 	if run.kind(0) == entryConfiguration && i > 1 {
 		b.entered(s, i, run.data(0), n.core.currentTerm)
 	}
-	if run.kind(0) == entryCommand {
-		s.load.committed(s, i, run.data(0))
+}
+
+// execute executes one entry on the model.
+func (b *ledger) execute(s *sim, run Entries, e *ledgerCommit) {
+	var p portion
+	b.sessions.plan(run, 0, &p)
+	e.machine.note(run, 0)
+	results := make([][]byte, 1)
+	for _, cmd := range p.commands {
+		results[0] = e.machine.execute(cmd.Data)
+		s.load.committed(s, cmd.Index, cmd.Data)
+	}
+	b.sessions.executed(&p, results)
+	e.result = results[0]
+	for i := range p.sessions {
+		e.told = describeOutcome(p.sessions[i].outcome(EntryID{run.First(), run.term(0)}))
+		e.digest = sessionDigest(b.sessions)
 	}
 }
 
-// applied executes an entry on a node and compares (4, 13, 18).
-func (b *ledger) applied(s *sim, n *simNode, e Entries, i int) []byte {
+// sessionsAgree compares what a run of entries did to the sessions of a node,
+// and what their proposers are told, with the model (18).
+func (b *ledger) sessionsAgree(s *sim, n *simNode, e Entries, results *outcomes) {
+	for i := range results.sessions {
+		a := &results.sessions[i]
+		at := EntryID{e.First() + Index(a.at), e.term(a.at)}
+		if told, want := describeOutcome(a.outcome(at)), b.committed[at.Index-1].told; told != want {
+			s.fail("18 node %d says %q of entry %v, others %q", n.i, told, at, want)
+		}
+	}
+	if len(results.sessions) > 0 && sessionDigest(n.sessions) != b.digestAt(e.Last()) {
+		s.fail("18 node %d has other sessions than others after entry %d", n.i, e.Last())
+	}
+}
+
+// applied executes an entry on a node and compares (4, 13, 18). cmd is nil if
+// the state machine is given none.
+func (b *ledger) applied(s *sim, n *simNode, e Entries, i int, cmd []byte) (result []byte) {
 	index := e.First() + Index(i)
 	if index != n.applied+1 {
 		s.fail("13 node %d applies entry %d after %d", n.i, index, n.applied)
@@ -285,7 +331,10 @@ func (b *ledger) applied(s *sim, n *simNode, e Entries, i int) []byte {
 		s.fail("4 node %d applies entry %d of term %d, committed is term %d (%v)", n.i, index, e.term(i), t, ok)
 	}
 	n.applied = index
-	result := n.machine.apply(e, i)
+	n.machine.note(e, i)
+	if cmd != nil {
+		result = n.machine.execute(cmd)
+	}
 	want := &b.committed[index-1]
 	if n.machine.hash != want.machine.hash || string(result) != string(want.result) {
 		s.fail("18 node %d has another state than others after entry %d", n.i, index)
@@ -393,13 +442,13 @@ func simCommand(id uint64, key byte, write bool, padding int) []byte {
 	return b
 }
 
-// apply returns the key's value before the command.
-func (m *simMachine) apply(e Entries, i int) []byte {
+// note takes note of an entry, whether it has a command or not.
+func (m *simMachine) note(e Entries, i int) {
 	m.hash = (m.hash ^ uint64(e.term(i))<<40 ^ uint64(e.kind(i))) * 0x9e3779b97f4a7c15
-	if e.kind(i) != entryCommand {
-		return nil
-	}
-	d := e.data(i)
+}
+
+// execute returns the key's value before the command.
+func (m *simMachine) execute(d []byte) []byte {
 	id := binary.LittleEndian.Uint64(d)
 	m.hash = (m.hash ^ id) * 0x9e3779b97f4a7c15
 	result := binary.LittleEndian.AppendUint64(nil, m.keys[d[8]])

@@ -24,6 +24,7 @@ type simNode struct {
 	box        outbox
 	wait       pending
 	machine    simMachine
+	sessions   *sessionTable
 	applied    Index
 	applying   bool
 	flushing   bool
@@ -415,10 +416,7 @@ func (s *sim) onApply(n *simNode) {
 	}
 	var settled []*Proposal
 	for _, e := range runs {
-		results := make([][]byte, e.Len())
-		for i := range e.Len() {
-			results[i] = s.book.applied(s, n, e, i)
-		}
+		results := s.applyRun(n, e)
 		settled, _ = n.wait.onApplied(e, results, settled, nil)
 		n.snaps.noted(e)
 	}
@@ -428,6 +426,28 @@ func (s *sim) onApply(n *simNode) {
 	if s.faulty && s.chance(s.swarm.snapshotP) {
 		s.takeSnapshot(n)
 	}
+}
+
+// applyRun applies a run of entries as a server's applier does.
+func (s *sim) applyRun(n *simNode, e Entries) outcomes {
+	results := outcomes{data: make([][]byte, e.Len())}
+	for from := 0; from < e.Len(); {
+		var p portion
+		n.sessions.plan(e, from, &p)
+		next := 0
+		for ; from < p.to; from++ {
+			var cmd []byte
+			if next < len(p.at) && p.at[next] == from {
+				cmd = p.commands[next].Data
+				next++
+			}
+			results.data[from] = s.book.applied(s, n, e, from, cmd)
+		}
+		n.sessions.executed(&p, results.data)
+		results.sessions = append(results.sessions, p.sessions...)
+	}
+	s.book.sessionsAgree(s, n, e, &results)
+	return results
 }
 
 // boundary is a point at which a crash may have been armed. It returns true

@@ -1,6 +1,7 @@
 package raft
 
 import (
+	"bytes"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -156,7 +157,9 @@ func (s *sim) takeSnapshot(n *simNode) {
 	meta := SnapshotMeta{Last: EntryID{n.wait.applied, n.wait.term}, Time: k.lastTime, ConfigIndex: k.config.index, Config: k.config.data}
 	binary.LittleEndian.PutUint64(meta.ID[:], s.rng.Uint64())
 	meta.ID[15] = byte(n.i + 1)
-	state := n.machine.encode(meta.Last.Index, s.rng.IntN(s.swarm.stateMax+1))
+	state := n.sessions.encode(nil)
+	meta.Sessions = uint64(len(state))
+	state = append(state, n.machine.encode(meta.Last.Index, s.rng.IntN(s.swarm.stateMax+1))...)
 	var w SnapshotWriter
 	err := s.snapshotIO(n, func() (err error) {
 		if w, err = n.storage().CreateSnapshot(meta); err == nil {
@@ -512,7 +515,7 @@ func (n *simNode) readSnapshot(last EntryID) (SnapshotMeta, []byte, error) {
 func (s *sim) bootSnapshots(n *simNode, rec *Recovered) (*SnapshotMeta, bool) {
 	k := &n.snaps
 	k.begin()
-	n.machine, n.applied = simMachine{}, 0
+	n.machine, n.applied, n.sessions = simMachine{}, 0, newSessionTable()
 	s.checkRecovered(n, rec)
 	meta, err := rec.restoreNewest("node", func(meta *SnapshotMeta) (begun bool, err error) {
 		_, state, err := n.readSnapshot(meta.Last)
@@ -573,7 +576,11 @@ func (s *sim) checkRecovered(n *simNode, rec *Recovered) {
 // load1 puts a state into a node's machine, and compares it with what all nodes
 // agree that it was (15, 18).
 func (s *sim) loadState(n *simNode, meta *SnapshotMeta, state []byte) {
-	at, m, err := decodeSimMachine(state)
+	sessions, err := readSessions(meta, memoryReader{bytes.NewReader(state)})
+	if err != nil {
+		s.fail("node %d: %v", n.i, err)
+	}
+	at, m, err := decodeSimMachine(state[meta.Sessions:])
 	if err != nil {
 		s.fail("node %d restores a snapshot up to %v: %v", n.i, meta.Last, err)
 	}
@@ -583,13 +590,16 @@ func (s *sim) loadState(n *simNode, meta *SnapshotMeta, state []byte) {
 	if want := s.book.machineAt(at); m.hash != want.hash || m.keys != want.keys {
 		s.fail("18 node %d restores another state than others had after entry %d", n.i, at)
 	}
+	if sessionDigest(sessions) != s.book.digestAt(at) {
+		s.fail("18 node %d restores other sessions than others had after entry %d", n.i, at)
+	}
 	if meta.Last.Index <= n.applied {
 		s.fail("13 node %d restores a snapshot up to %v after it has applied entry %d", n.i, meta.Last, n.applied)
 	}
 	if !s.book.configured(meta.ConfigIndex, meta.Config) {
 		s.fail("16 node %d restores a snapshot up to %v with a configuration that is not entry %d's", n.i, meta.Last, meta.ConfigIndex)
 	}
-	n.machine, n.applied = m, at
+	n.machine, n.applied, n.sessions = m, at, sessions
 	n.snaps.lastTime, n.snaps.config = meta.Time, configAt{meta.ConfigIndex, meta.Config}
 }
 

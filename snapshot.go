@@ -15,6 +15,7 @@ type SnapshotMeta struct {
 	Time        time.Time // no later entry has an earlier one
 	ConfigIndex Index     // of the newest configuration entry up to Last
 	Config      []byte    // that entry's data
+	Sessions    uint64    // bytes of client sessions, with which the snapshot begins; the state machine's follow
 }
 
 // snapshotArgs is InstallSnapshot (Figure 13): one block of a leader's

@@ -469,7 +469,7 @@ func TestProposalsInsideSnapshot(t *testing.T) {
 	if settled, _ := w.add(EntryID{7, 2}, []*Proposal{more}); len(settled) != 1 || !errors.Is(more.err, ErrOutcomeUnknown) {
 		t.Errorf("the leader's answer comes after the snapshot: %v", more.err)
 	}
-	settled, woken = w.onApplied(sealed(10, 2, "x", "y"), [][]byte{[]byte("r"), nil}, nil, nil)
+	settled, woken = w.onApplied(sealed(10, 2, "x", "y"), outcomes{data: [][]byte{[]byte("r"), nil}}, nil, nil)
 	if len(settled) != 1 || settled[0] != later || later.err != nil || string(later.result.Data) != "r" || len(woken) != 1 || woken[0] != late {
 		t.Errorf("settled %v, told %+v and %v", settled, later.result, later.err)
 	}

@@ -164,9 +164,35 @@ const snapshotMetaVersion = 1
 // encode appends what a snapshot's header says, on disk and on the wire.
 func (m *SnapshotMeta) encode(b []byte) []byte {
 	b = append(append(b, snapshotMetaVersion), m.ID[:]...)
-	b = appendUint64s(b, uint64(m.Last.Index), uint64(m.Last.Term), nanoseconds(m.Time), uint64(m.ConfigIndex))
-	b = appendUint64s(b, 0) // bytes of sessions, which come before the state
+	b = appendUint64s(b, uint64(m.Last.Index), uint64(m.Last.Term), nanoseconds(m.Time), uint64(m.ConfigIndex), m.Sessions)
 	return append(b, m.Config...)
+}
+
+// encodeWith returns what a state machine on disk keeps: a header and, behind
+// it, the sessions, whose length the header says.
+func (m SnapshotMeta) encodeWith(sessions *sessionTable) []byte {
+	table := sessions.encode(nil)
+	m.Sessions = uint64(len(table))
+	return append(m.encode(nil), table...)
+}
+
+// decodeWithSessions reads what encodeWith returned.
+func decodeWithSessions(b []byte) (SnapshotMeta, *sessionTable, error) {
+	const fixed = 1 + 16 + 5*8
+	if len(b) < fixed {
+		return SnapshotMeta{}, nil, errSnapshotMeta
+	}
+	n := binary.LittleEndian.Uint64(b[fixed-8:])
+	if n > uint64(len(b)-fixed) {
+		return SnapshotMeta{}, nil, errSnapshotMeta
+	}
+	at := len(b) - int(n)
+	m, err := decodeSnapshotMeta(b[:at])
+	if err != nil {
+		return m, nil, err
+	}
+	sessions, err := decodeSessions(b[at:])
+	return m, sessions, err
 }
 
 var errSnapshotMeta = errors.New("raft: snapshot header is malformed")
@@ -176,8 +202,8 @@ func decodeSnapshotMeta(b []byte) (m SnapshotMeta, err error) {
 	version := r.byte()
 	copy(m.ID[:], r.bytes(16))
 	m.Last, m.Time, m.ConfigIndex = r.entryID(), time.Unix(0, int64(r.uint64())).UTC(), Index(r.uint64())
-	sessions := r.uint64()
-	if r.err != nil || version != snapshotMetaVersion || sessions != 0 || m.Last.Index == 0 || m.Last.Index > math.MaxInt64 || m.ConfigIndex > m.Last.Index {
+	m.Sessions = r.uint64()
+	if r.err != nil || version != snapshotMetaVersion || m.Last.Index == 0 || m.Last.Index > math.MaxInt64 || m.ConfigIndex > m.Last.Index {
 		return SnapshotMeta{}, errSnapshotMeta
 	}
 	m.Config = slices.Clone(r.b)

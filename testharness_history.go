@@ -23,10 +23,11 @@ type history struct {
 }
 
 type historyOp struct {
-	node  NodeID
-	cmd   []byte
-	p     *Proposal
-	floor Index // everything up to here was answered before this began
+	node    NodeID
+	cmd     []byte
+	request RequestID // zero if it has none; several proposals may have one
+	p       *Proposal
+	floor   Index // everything up to here was answered before this began
 }
 
 // historyRead is a local read, as of entry index.
@@ -38,11 +39,20 @@ type historyRead struct {
 }
 
 // submitted notes a proposal that is about to be made.
-func (h *history) submitted(node NodeID, cmd []byte, p *Proposal) {
+func (h *history) submitted(node NodeID, cmd []byte, id *RequestID, p *Proposal) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	h.collect()
-	op := &historyOp{node, bytes.Clone(cmd), p, h.newest}
+	op := &historyOp{node: node, cmd: bytes.Clone(cmd), p: p, floor: h.newest}
+	if id != nil {
+		op.request = RequestID{Session: id.Session, Seq: id.Seq}
+		for _, o := range h.ops {
+			if o.request == op.request {
+				op.floor = o.floor // the command may have been executed since
+				break
+			}
+		}
+	}
 	h.ops, h.open = append(h.ops, op), append(h.open, op)
 }
 
@@ -115,8 +125,10 @@ func (h *Harness) CheckLinearizable() {
 // checkOrder compares what proposers were told with the log.
 func (h *Harness) checkOrder(log []Entry) {
 	h.t.Helper()
-	type count struct{ answered, rejected, unknown, applied int }
+	type count struct{ answered, rejected, unknown, applied, distinct int }
 	counts := map[string]*count{}
+	requests := map[RequestID]bool{}
+	var size *ResultSizeError
 	at := map[Index]*historyOp{}
 	of := func(cmd []byte) *count {
 		if counts[string(cmd)] == nil {
@@ -129,8 +141,12 @@ func (h *Harness) checkOrder(log []Entry) {
 	}
 	for _, op := range h.history.ops {
 		c := of(op.cmd)
+		if op.request == (RequestID{}) || !requests[op.request] {
+			requests[op.request] = true
+			c.distinct++
+		}
 		switch {
-		case !isClosed(op.p.done) || errors.Is(op.p.err, ErrOutcomeUnknown):
+		case !isClosed(op.p.done) || errors.Is(op.p.err, ErrOutcomeUnknown) || errors.As(op.p.err, &size):
 			c.unknown++
 			continue
 		case op.p.err != nil:
@@ -143,7 +159,7 @@ func (h *Harness) checkOrder(log []Entry) {
 		switch {
 		case !found || !bytes.Equal(log[k].Data, op.cmd):
 			h.t.Errorf("node %s answered %.40q with index %d, where another command was applied, or none", op.node, op.cmd, index)
-		case at[index] != nil:
+		case at[index] != nil && (op.request == (RequestID{}) || at[index].request != op.request):
 			h.t.Errorf("nodes %s and %s answered two proposals of %.40q with index %d", at[index].node, op.node, op.cmd, index)
 		case index <= op.floor:
 			h.t.Errorf("node %s answered %.40q with index %d, and index %d was answered before it was proposed", op.node, op.cmd, index, op.floor)
@@ -151,6 +167,9 @@ func (h *Harness) checkOrder(log []Entry) {
 		at[index] = op
 	}
 	for cmd, c := range counts {
+		if c.distinct > 0 && c.applied > c.distinct {
+			h.t.Errorf("%.40q was applied %d times, and proposed %d times, sent again with the same RequestID not counted", cmd, c.applied, c.distinct)
+		}
 		if c.rejected > 0 && c.applied > c.answered+c.unknown {
 			h.t.Errorf("%.40q was applied %d times; of its proposals %d were answered, %d have an unknown outcome and %d were rejected, which never are", cmd, c.applied, c.answered, c.unknown, c.rejected)
 		}
@@ -196,7 +215,7 @@ func applyOne(m StateMachine, e Entry) []byte {
 	results := make([][]byte, 1)
 	switch m := m.(type) {
 	case OnDisk:
-		if err := m.ApplyOnDisk([]Entry{e}, results, nil); err != nil {
+		if err := m.ApplyOnDisk([]Entry{e}, results, func() []byte { return nil }); err != nil {
 			return []byte("error: " + err.Error())
 		}
 	case BatchApplier:

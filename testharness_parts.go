@@ -551,13 +551,13 @@ type harnessDiskMachine struct {
 
 func (m harnessDiskMachine) Meta() ([]byte, error) {
 	b, err := m.disk.Meta()
-	if meta, wrong := decodeSnapshotMeta(b); err == nil && wrong == nil {
+	if meta, _, wrong := decodeWithSessions(b); err == nil && wrong == nil {
 		m.includes(meta.Last.Index)
 	}
 	return b, err
 }
 
-func (m harnessDiskMachine) ApplyOnDisk(entries []Entry, results [][]byte, meta []byte) error {
+func (m harnessDiskMachine) ApplyOnDisk(entries []Entry, results [][]byte, meta func() []byte) error {
 	m.turn <- struct{}{}
 	defer func() { <-m.turn }()
 	err := m.disk.ApplyOnDisk(entries, results, meta)

@@ -89,7 +89,7 @@ func putMeta(tx *bbolt.Tx, meta []byte) error {
 
 // ApplyOnDisk implements raft.OnDisk: all entries, and what they make of meta,
 // in one transaction.
-func (m *Machine) ApplyOnDisk(entries []raft.Entry, results [][]byte, meta []byte) error {
+func (m *Machine) ApplyOnDisk(entries []raft.Entry, results [][]byte, meta func() []byte) error {
 	m.mu.RLock()
 	defer m.mu.RUnlock()
 	return m.db.Update(func(tx *bbolt.Tx) error {
@@ -100,7 +100,7 @@ func (m *Machine) ApplyOnDisk(entries []raft.Entry, results [][]byte, meta []byt
 			}
 			results[i] = slices.Clone(r) // it may point into the transaction
 		}
-		return putMeta(tx, meta)
+		return putMeta(tx, meta())
 	})
 }
 
