@@ -217,7 +217,7 @@ func TestRestoreGarbage(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer m.Close()
-	if err := m.ApplyOnDisk([]raft.Entry{{Index: 2, Data: []byte("a 1")}}, make([][]byte, 1), []byte("meta")); err != nil {
+	if err := m.ApplyOnDisk([]raft.Entry{{Index: 2, Data: []byte("a 1")}}, make([][]byte, 1), func() []byte { return []byte("meta") }); err != nil {
 		t.Fatal(err)
 	}
 	if err := m.RestoreOnDisk(strings.NewReader(strings.Repeat("garbage", 10_000)), []byte("other")); err == nil {
