@@ -47,6 +47,9 @@ majority of its nodes lives.
   - An error of a proposal is a rejection, after which the command never
     commits, or matches [ErrOutcomeUnknown]. Where nobody can tell, it is
     unknown.
+  - A command proposed by [Server.ProposeOnce] takes effect once, however often
+    and on whichever node it is sent, and always gets its original result, while
+    its session lasts.
   - Reading the state machine after [Server.ReadIndex] is linearizable.
   - At most one node leads a term. Terms are fencing tokens.
   - A data directory that is damaged, of another node, or of a newer format is
@@ -57,8 +60,8 @@ majority of its nodes lives.
 
 # What is not guaranteed
 
-  - A command proposed again after an unknown outcome may be applied twice:
-    exactly-once sessions are not there yet. Make commands idempotent.
+  - A command proposed again after an unknown outcome may be applied twice,
+    except by [Server.ProposeOnce].
   - Reading the state machine directly may return old data, on the leader too.
     Call [Server.ReadIndex] first.
   - Nodes are trusted: a node that lies, or a disk that says it has synced what
