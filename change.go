@@ -299,7 +299,7 @@ func (c *core) leave(conf *configuration) {
 	if to := c.bestSuccessor(); to != 0 {
 		c.sendCampaign(c.progressOf(to))
 	}
-	c.becomeFollower(c.currentTerm, 0)
+	c.stepDown(ReasonRemoved)
 	if !conf.has(c.self) {
 		c.removed = true
 		c.emit(Event{Kind: EventRemoved, Peer: c.name})

@@ -302,7 +302,7 @@ func (c *core) retire() bool {
 	led := c.role == Leader
 	c.retired = true
 	if led {
-		c.becomeFollower(c.currentTerm, 0)
+		c.stepDown(ReasonShutdown)
 	}
 	return led
 }
@@ -326,7 +326,7 @@ func (c *core) stopApplying(i Index, err error) {
 	c.applyFailed = true
 	c.emit(Event{Kind: EventApplyFailed, Index: i, Err: err})
 	if c.role != Follower {
-		c.becomeFollower(c.currentTerm, 0)
+		c.stepDown(ReasonApplyFailed)
 	}
 	c.campaign = nil
 }

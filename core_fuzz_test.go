@@ -105,7 +105,7 @@ func (fc *fuzzedCluster) event(op, arg byte) {
 	case op == fuzzBreak && n != peer:
 		fc.breakConnection(n.id, peer.id)
 	case op == fuzzCampaign && n.core.role == Follower:
-		fc.step(n, func(c *core) { c.becomeCandidate(true) })
+		fc.step(n, func(c *core) { c.becomeCandidate(ReasonTransfer) })
 	}
 }
 

@@ -1,6 +1,7 @@
 package raft
 
 import (
+	"errors"
 	"math/rand/v2"
 	"testing"
 	"time"
@@ -388,5 +389,66 @@ func TestStallsDoNotKeepALeader(t *testing.T) {
 	}
 	if c.now.Sub(began) <= c.limits.electionTimeout {
 		t.Errorf("it gave up after %v", c.now.Sub(began))
+	}
+}
+
+// Every change of role says why.
+func TestRoleReasons(t *testing.T) {
+	timeOut := func(c *core) { c.now = c.electionDeadline; c.tick() }
+	lead := func(c *core) { elect(t, c) }
+	follow := func(c *core) { hear(t, c, appendFrom(1, EntryID{1, 0}, 0)) }
+	for _, test := range []struct {
+		name   string
+		before func(*core)
+		event  func(*core)
+		role   Role
+		reason Reason
+		peer   NodeID
+	}{
+		{"timeout", nil, timeOut, Candidate, ReasonTimeout, ""},
+		{"transfer", follow, func(c *core) {
+			a := appendFrom(1, EntryID{1, 0}, 0)
+			a.Heartbeat, a.Campaign = true, true
+			c.onAppendRequest(a, nil)
+		}, Candidate, ReasonTransfer, ""},
+		{"leader left", func(c *core) {
+			c.limits.preVote = true
+			follow(c)
+			c.leaderLeft(2)
+			timeOut(c)
+			persist(t, c)
+		}, func(c *core) { c.onVoteReply(3, &voteArgs{Term: 2, PreVote: true}, &voteReply{Term: 1, Granted: true}) }, Candidate, ReasonLeaderLeft, ""},
+		{"elected", timeOut, func(c *core) { c.onVoteReply(3, &voteArgs{Term: 1}, &voteReply{Term: 1, Granted: true}) }, Leader, ReasonElected, ""},
+		{"asked in a higher term", timeOut, func(c *core) { c.onVoteRequest(&voteArgs{Term: 7, Candidate: 3}, nil) }, Follower, ReasonHigherTerm, "c"},
+		{"told of a higher term", timeOut, func(c *core) { c.onVoteReply(3, &voteArgs{Term: 1}, &voteReply{Term: 7}) }, Follower, ReasonHigherTerm, "c"},
+		{"new leader", timeOut, func(c *core) { c.onAppendRequest(appendFrom(1, EntryID{1, 0}, 0), nil) }, Follower, ReasonNewLeader, "b"},
+		{"split vote", func(c *core) { timeOut(c); persist(t, c); c.limits.preVote = true }, timeOut, Follower, ReasonSplitVote, ""},
+		{"no quorum", lead, func(c *core) {
+			for c.role == Leader {
+				c.now = c.now.Add(c.limits.heartbeatInterval)
+				c.heartbeat()
+				c.tick()
+			}
+		}, Follower, ReasonNoQuorum, ""},
+		{"apply failed", lead, func(c *core) { c.stopApplying(1, errors.New("test")) }, Follower, ReasonApplyFailed, ""},
+		{"shutdown", lead, func(c *core) { c.retire() }, Follower, ReasonShutdown, ""},
+		{"stuck", lead, func(c *core) { c.applyBegins(c.now.Add(-time.Hour)); c.yield() }, Follower, ReasonStuck, ""},
+	} {
+		c := testCore(t, 1, 3)
+		c.limits.preVote = false
+		if test.before != nil {
+			test.before(c)
+		}
+		persist(t, c)
+		test.event(c)
+		var last Event
+		for _, e := range c.finish().events {
+			if e.Kind == EventRole {
+				last = e
+			}
+		}
+		if last.Role != test.role || last.Reason != test.reason || last.Peer != test.peer || c.role != test.role {
+			t.Errorf("%s: %q, reason %d; want a %v, reason %d (%v), by %q", test.name, last, last.Reason, test.role, test.reason, test.reason, test.peer)
+		}
 	}
 }

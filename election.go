@@ -11,6 +11,7 @@ type campaign struct {
 	term    Term       // asked for
 	granted []memberID // ascending arrival; self first
 	behind  bool       // a voter has a better log
+	why     Reason
 }
 
 // armElection draws a new deadline, so that split votes are rare (§5.2).
@@ -56,26 +57,30 @@ func (c *core) startCampaign() {
 		return
 	}
 	if !c.limits.preVote {
-		c.becomeCandidate(false)
+		c.becomeCandidate(ReasonTimeout)
 		return
 	}
 	if c.role == Candidate {
 		c.role = Follower // the votes of this term are lost; ask again before raising it
-		c.emit(Event{Kind: EventRole, Role: Follower})
+		c.emit(Event{Kind: EventRole, Role: Follower, Reason: ReasonSplitVote})
+	}
+	why := ReasonTimeout
+	if c.leaderGone {
+		why = ReasonLeaderLeft
 	}
 	c.leader = 0
-	c.ask(&campaign{preVote: true, term: c.currentTerm + 1}, false)
+	c.ask(&campaign{preVote: true, term: c.currentTerm + 1, why: why}, false)
 }
 
 // becomeCandidate starts an election: §5.2. Its requests leave only when the
 // own vote is durable.
-func (c *core) becomeCandidate(transfer bool) {
+func (c *core) becomeCandidate(why Reason) {
 	c.role = Candidate
 	c.leader = 0
 	c.currentTerm++
 	c.votedFor = c.self
-	c.emit(Event{Kind: EventRole, Role: Candidate})
-	c.ask(&campaign{term: c.currentTerm}, transfer)
+	c.emit(Event{Kind: EventRole, Role: Candidate, Reason: why})
+	c.ask(&campaign{term: c.currentTerm}, why == ReasonTransfer)
 }
 
 // ask sends the requests of a campaign to the voters. Learners are asked for
@@ -106,7 +111,7 @@ func (c *core) countVotes() {
 	}
 	c.campaign = nil
 	if k.preVote {
-		c.becomeCandidate(false)
+		c.becomeCandidate(k.why)
 		return
 	}
 	c.emit(Event{Kind: EventElected, Votes: len(k.granted)})
@@ -129,7 +134,7 @@ func (c *core) onVoteRequest(a *voteArgs, token any) {
 		granted = a.Term > c.currentTerm && c.upToDate(a.Last)
 	default:
 		if a.Term > c.currentTerm {
-			c.becomeFollower(a.Term, 0)
+			c.becomeFollower(a.Term, 0, ReasonHigherTerm, a.Candidate)
 		}
 		granted = (c.votedFor == 0 || c.votedFor == a.Candidate) && c.role == Follower && c.upToDate(a.Last)
 		if granted {
@@ -218,13 +223,16 @@ func (c *core) stepDownFor(from memberID, term Term) bool {
 	if term <= c.currentTerm || !c.configuration.has(from) {
 		return false
 	}
-	c.becomeFollower(term, 0)
+	c.becomeFollower(term, 0, ReasonHigherTerm, from)
 	return true
 }
 
+// stepDown makes a candidate or leader a follower in its own term.
+func (c *core) stepDown(why Reason) { c.becomeFollower(c.currentTerm, 0, why, 0) }
+
 // becomeFollower adopts term, and leader if it is known (§5.1). Only a new
-// term frees the vote.
-func (c *core) becomeFollower(term Term, leader memberID) {
+// term frees the vote. The reason, and whose message it was, are for the event.
+func (c *core) becomeFollower(term Term, leader memberID, why Reason, from memberID) {
 	if term < c.currentTerm {
 		panic(invariantError("term %d back to %d", c.currentTerm, term))
 	}
@@ -233,7 +241,7 @@ func (c *core) becomeFollower(term Term, leader memberID) {
 		c.currentTerm, c.votedFor = term, 0
 	}
 	if c.role != Follower || newTerm {
-		c.emit(Event{Kind: EventRole, Role: Follower})
+		c.emit(Event{Kind: EventRole, Role: Follower, Reason: why, Peer: from.label(c)})
 	}
 	if c.role == Leader {
 		c.progress = nil
@@ -251,7 +259,7 @@ func (c *core) becomeFollower(term Term, leader memberID) {
 
 // follow notes a message of the leader of term.
 func (c *core) follow(term Term, leader memberID) {
-	c.becomeFollower(term, leader)
+	c.becomeFollower(term, leader, ReasonNewLeader, leader)
 	c.lastContact, c.leaderGone, c.forwardTo = c.now, false, leader
 	c.deferElection()
 }
@@ -299,7 +307,7 @@ func (c *core) becomeLeader() {
 	c.trackMembers(c.log.last + 1)
 	c.electionDeadline = c.now.Add(c.limits.electionTimeout)
 	c.beatAt, c.graceUntil = c.now, time.Time{}
-	c.emit(Event{Kind: EventRole, Role: Leader})
+	c.emit(Event{Kind: EventRole, Role: Leader, Reason: ReasonElected})
 	c.firstOfTerm = c.log.last + 1
 	c.appendLocal(makeEntry(entryNoop, EntryID{c.firstOfTerm, c.currentTerm}, c.stamp(), nil))
 }

@@ -34,7 +34,7 @@ type EventKind byte
 
 const (
 	EventStarted           EventKind = iota + 1 // the core runs
-	EventRole                                   // Role
+	EventRole                                   // Role, Reason, and Peer if the reason is a message of another node
 	EventElectionTimer                          // Duration until this node campaigns
 	EventPreVote                                // this node asks whether it could win
 	EventElected                                // Votes
@@ -60,6 +60,58 @@ const (
 	EventLeaderLeft                             // Peer, the leader, has closed its connections
 )
 
+// Reason says why a node's role changed.
+type Reason byte
+
+// The reasons. A follower becomes a candidate by the first three.
+const (
+	ReasonTimeout     Reason = iota + 1 // it has heard from no leader for an election timeout
+	ReasonLeaderLeft                    // the leader has closed its connections
+	ReasonTransfer                      // the leader asked it to stand for election
+	ReasonElected                       // a majority has voted for it
+	ReasonHigherTerm                    // Peer has a higher term
+	ReasonNewLeader                     // Peer leads this term
+	ReasonSplitVote                     // nobody won the election: it asks for pre-votes again
+	ReasonNoQuorum                      // a leader has heard from no majority for an election timeout
+	ReasonStuck                         // a leader's disk or state machine hangs
+	ReasonApplyFailed                   // the state machine has failed
+	ReasonRemoved                       // the configuration does not have it as a voter any more
+	ReasonShutdown                      // Shutdown
+	ReasonSnapshot                      // a snapshot has replaced its log
+)
+
+func (r Reason) String() string {
+	switch r {
+	case ReasonTimeout:
+		return "no leader was heard from"
+	case ReasonLeaderLeft:
+		return "the leader has closed its connections"
+	case ReasonTransfer:
+		return "the leader hands over"
+	case ReasonElected:
+		return "it is elected"
+	case ReasonHigherTerm:
+		return "a higher term"
+	case ReasonNewLeader:
+		return "a leader of this term"
+	case ReasonSplitVote:
+		return "nobody was elected"
+	case ReasonNoQuorum:
+		return "no majority was heard from"
+	case ReasonStuck:
+		return "its disk or state machine hangs"
+	case ReasonApplyFailed:
+		return "its state machine has failed"
+	case ReasonRemoved:
+		return "it is no voter any more"
+	case ReasonShutdown:
+		return "it shuts down"
+	case ReasonSnapshot:
+		return "a snapshot has replaced its log"
+	}
+	return "no reason is known"
+}
+
 // Event is something that happened on a node. Events are plain values.
 type Event struct {
 	Time     time.Time
@@ -67,6 +119,7 @@ type Event struct {
 	Kind     EventKind
 	Term     Term
 	Role     Role
+	Reason   Reason
 	Peer     NodeID
 	Index    Index
 	Duration time.Duration
@@ -82,10 +135,7 @@ func (e Event) String() string {
 	case EventStarted:
 		return fmt.Sprintf("starts, term=%d", e.Term)
 	case EventRole:
-		if e.Role == Candidate {
-			return fmt.Sprintf("becomes Candidate (currentTerm=%d)", e.Term)
-		}
-		return fmt.Sprintf("becomes %s, term=%d", e.Role, e.Term)
+		return e.roleString()
 	case EventElectionTimer:
 		return fmt.Sprintf("election timer started (%v), term=%d", e.Duration.Round(time.Millisecond), e.Term)
 	case EventPreVote:
@@ -137,4 +187,18 @@ func (e Event) String() string {
 		return fmt.Sprintf("hands leadership to %s, term=%d", e.Peer, e.Term)
 	}
 	return fmt.Sprintf("event %d", e.Kind)
+}
+
+func (e Event) roleString() string {
+	s := fmt.Sprintf("becomes %s, term=%d", e.Role, e.Term)
+	if e.Role == Candidate {
+		s = fmt.Sprintf("becomes Candidate (currentTerm=%d)", e.Term)
+	}
+	if e.Reason != 0 {
+		s += ": " + e.Reason.String()
+	}
+	if e.Peer != "" {
+		s += ", says " + string(e.Peer)
+	}
+	return s
 }

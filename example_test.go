@@ -279,8 +279,8 @@ func ExampleServer_Events() {
 		}
 	}
 	// Output:
-	// a becomes Candidate (currentTerm=1)
-	// a becomes Leader, term=1
+	// a becomes Candidate (currentTerm=1): no leader was heard from
+	// a becomes Leader, term=1: it is elected
 }
 
 // A node that starts again in its directory goes on where it was: the state

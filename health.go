@@ -44,7 +44,7 @@ func (c *core) yield() {
 	}
 	c.emit(Event{Kind: EventStuck, Detail: why})
 	c.sendCampaign(c.progressOf(to))
-	c.becomeFollower(c.currentTerm, 0)
+	c.stepDown(ReasonStuck)
 }
 
 // applyBegins and applyEnds tell since when the state machine has been at work.

@@ -333,7 +333,7 @@ func (f *fuzzCluster) act(what, arg byte) {
 	case 8: // one cuts the others off by campaigning at once, as after a transfer
 		f.step(node, func(c *core) {
 			if c.role == Follower && c.configuration.voter(c.self) {
-				c.becomeCandidate(true)
+				c.becomeCandidate(ReasonTransfer)
 			}
 		})
 	default:

@@ -86,7 +86,7 @@ func (c *core) checkQuorum() {
 		return
 	}
 	c.emit(Event{Kind: EventQuorumLost})
-	c.becomeFollower(c.currentTerm, 0)
+	c.stepDown(ReasonNoQuorum)
 }
 
 // quorumContact returns the latest time at or after which a majority of the

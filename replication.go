@@ -191,7 +191,7 @@ func (c *core) onAppendRequest(a *appendArgs, token any) {
 	r.Term, r.Wanted = c.currentTerm, c.wanted
 	c.send(m)
 	if a.Campaign && r.Success && c.configuration.voter(c.self) && c.fit() {
-		c.becomeCandidate(true)
+		c.becomeCandidate(ReasonTransfer)
 	}
 }
 

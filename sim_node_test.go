@@ -529,6 +529,6 @@ func (s *sim) campaign(n *simNode) {
 		return
 	}
 	s.note(n.i, "campaigns at once")
-	s.begin(n).becomeCandidate(true)
+	s.begin(n).becomeCandidate(ReasonTransfer)
 	s.end(n)
 }

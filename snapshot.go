@@ -164,7 +164,7 @@ func (c *core) installSnapshot(meta *SnapshotMeta) {
 		panic(invariantError("leader of term %d lacks entry %v, which a snapshot includes", c.currentTerm, meta.Last))
 	}
 	if c.role == Candidate || c.campaign != nil {
-		c.becomeFollower(c.currentTerm, 0) // it was begun with another log, perhaps as another member
+		c.stepDown(ReasonSnapshot) // it was begun with another log, perhaps as another member
 	}
 	c.log.replace(meta.Last)
 	c.replacedBy = meta
@@ -197,7 +197,7 @@ func (c *core) continues(meta *SnapshotMeta) error {
 // log, the log is replaced now.
 func (c *core) restored(meta *SnapshotMeta) {
 	if meta.Last.Term > c.currentTerm {
-		c.becomeFollower(meta.Last.Term, 0) // it was durable before the term was
+		c.becomeFollower(meta.Last.Term, 0, ReasonSnapshot, 0) // it was durable before the term was
 	}
 	c.noteTime(meta.Time)
 	c.installSnapshot(meta)
