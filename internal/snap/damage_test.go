@@ -34,6 +34,15 @@ func readDamaged(fsys vfs.FS, name string, header, data []byte) (o outcome, err 
 			o, err = panicked, fmt.Errorf("panic: %v", p)
 		}
 	}()
+	defer func() {
+		file, readErr := fileBytes(fsys, name)
+		if readErr != nil || o > refused {
+			return
+		}
+		if disagree := decodeAgrees(file, header, data, o == correct); disagree != nil {
+			o, err = wrong, disagree
+		}
+	}()
 	r, err := Open(fsys, testDir, name)
 	if err != nil {
 		return typed(err), err
@@ -251,6 +260,9 @@ func TestSameSalt(t *testing.T) {
 			if !errors.As(err, &ce) {
 				t.Errorf("block %d of %d: %v", i, blocks, err)
 			}
+			if _, p, err := decode(bytes.NewReader(b)); typed(err) != refused || i == blocks-1 && !bytes.Equal(p, data[:i*block]) {
+				t.Errorf("block %d of %d, as a stream: %d bytes, %v", i, blocks, len(p), err)
+			}
 		}
 	}
 	fsys := newMem(1) // without a block, Open notices the end of a file with another header
@@ -316,6 +328,9 @@ func TestForged(t *testing.T) {
 		var ve *VersionError
 		if c.newer != errors.As(err, &ve) || c.newer == errors.As(err, &ce) {
 			t.Errorf("%s: %v", c.what, err)
+		}
+		if _, _, err := decode(bytes.NewReader(b)); typed(err) != refused || c.newer != errors.As(err, &ve) {
+			t.Errorf("%s, as a stream: %v", c.what, err)
 		}
 		if n := after.TotalAlloc - before.TotalAlloc; n > 64<<10 {
 			t.Errorf("%s: %d bytes were allocated", c.what, n)

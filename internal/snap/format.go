@@ -76,6 +76,27 @@ func decodeHead(b []byte) (h head, wrong string) {
 	return h, ""
 }
 
+// checkHead decodes the start of a file that this version can read.
+func checkHead(b []byte, file string) (head, error) {
+	h, wrong := decodeHead(b)
+	switch {
+	case wrong != "":
+		return h, &CorruptError{file, 0, wrong}
+	case h.version > formatVersion:
+		return h, &VersionError{File: file, Found: h.version, Max: formatVersion}
+	case h.version == 0 || h.blockSize == 0 || h.blockSize > maxBlockSize || h.header > MaxHeaderBytes:
+		return h, &CorruptError{file, 0, fmt.Sprintf("version %d, blocks of %d bytes and a header of %d", h.version, h.blockSize, h.header)}
+	}
+	return h, nil
+}
+
+func checkHeader(h *head, header []byte, file string) error {
+	if got := checksum(0, header); got != h.headerCRC {
+		return &CorruptError{file, headSize, fmt.Sprintf("a header whose checksum is %08x and should be %08x", got, h.headerCRC)}
+	}
+	return nil
+}
+
 // end is the end block. A file without it was never completed.
 type end struct {
 	sums   uint32 // checksum of the head's checksum and those of all blocks, in order

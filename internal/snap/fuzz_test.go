@@ -7,10 +7,11 @@ import (
 	"testing"
 )
 
-// FuzzOpen opens a file that holds anything. With fix it makes the checksums
-// right first, so that the fuzzer gets past them. Open and ReadAt must not
-// panic and must give typed errors; and what reads whole must be, byte for
-// byte, the file that Create writes for that header and payload.
+// FuzzOpen opens a file that holds anything, and decodes it as a stream: both
+// must say the same. With fix it makes the checksums right first, so that the
+// fuzzer gets past them. Neither may panic, both must give typed errors; and
+// what reads whole must be, byte for byte, the file that Create writes for that
+// header and payload.
 func FuzzOpen(f *testing.F) {
 	fs := newMem(1)
 	for i, c := range []struct{ header, data, block int }{{0, 0, 64}, {5, 0, 64}, {0, 1, 64}, {9, 64, 64}, {9, 150, 64}, {1, 10, 1}} {
@@ -31,10 +32,17 @@ func FuzzOpen(f *testing.F) {
 		}
 		fs := newMem(1)
 		setFile(t, fs, "a", b)
+		h, p, decodeErr := decode(bytes.NewReader(b))
+		if decodeErr != nil && typed(decodeErr) != refused {
+			t.Fatalf("an untyped error of a Decoder: %v", decodeErr)
+		}
 		r, err := Open(fs, testDir, "a")
 		if err != nil {
 			if typed(err) != refused {
 				t.Fatalf("an untyped error: %v", err)
+			}
+			if decodeErr == nil {
+				t.Fatalf("a Decoder takes what Open refuses: %v", err)
 			}
 			return
 		}
@@ -47,7 +55,13 @@ func FuzzOpen(f *testing.F) {
 			if typed(err) != refused {
 				t.Fatalf("an untyped error: %v", err)
 			}
+			if decodeErr == nil {
+				t.Fatalf("a Decoder takes what a Reader refuses: %v", err)
+			}
 			return
+		}
+		if decodeErr != nil || !bytes.Equal(h, r.Header()) || !bytes.Equal(p, data) {
+			t.Fatalf("a Decoder reads something else than a Reader: %v", decodeErr)
 		}
 		write(t, fs, "b", r.Header(), data, r.head.salt, int(r.head.blockSize))
 		if again := fileOf(t, fs, "b"); !bytes.Equal(again, b) {

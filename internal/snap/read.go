@@ -98,15 +98,9 @@ func (r *Reader) readHead(size int64) error {
 	if err := r.read(b[:], 0); err != nil {
 		return err
 	}
-	h, wrong := decodeHead(b[:])
-	if wrong != "" {
-		return r.corrupt(0, "%s", wrong)
-	}
-	if h.version > formatVersion {
-		return &VersionError{File: r.name, Found: h.version, Max: formatVersion}
-	}
-	if h.version == 0 || h.blockSize == 0 || h.blockSize > maxBlockSize || h.header > MaxHeaderBytes {
-		return r.corrupt(0, "version %d, blocks of %d bytes and a header of %d", h.version, h.blockSize, h.header)
+	h, err := checkHead(b[:], r.name)
+	if err != nil {
+		return err
 	}
 	r.start, r.endOff = headSize+int64(h.header), size-endSize
 	if r.endOff < r.start {
@@ -116,8 +110,8 @@ func (r *Reader) readHead(size int64) error {
 	if err := r.read(r.header, headSize); err != nil {
 		return err
 	}
-	if got := checksum(0, r.header); got != h.headerCRC {
-		return r.corrupt(headSize, "a header whose checksum is %08x and should be %08x", got, h.headerCRC)
+	if err := checkHeader(&h, r.header, r.name); err != nil {
+		return err
 	}
 	r.head, r.sums = h, checksum(0, b[8:12])
 	return nil

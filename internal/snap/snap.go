@@ -4,7 +4,6 @@
 package snap
 
 import (
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -24,15 +23,11 @@ var errDone = errors.New("snap: this snapshot is committed or aborted already; b
 
 // Writer writes one snapshot. It may be used by one goroutine at a time.
 type Writer struct {
+	*Encoder
 	fs             vfs.FS
 	dir, tmp, name string // directory, paths of the temporary file and of the complete one
 	file           vfs.File
-	closed         bool   // file has been closed
-	salt           uint64 // of the file
-	block          []byte // the block that gathers: room for its checksum, then data, up to its capacity
-	off            int64  // where that block goes
-	end            end
-	err            error // why nothing more is accepted
+	closed         bool // file has been closed
 }
 
 // Create begins a snapshot, under a temporary name in a directory that is made
@@ -51,14 +46,7 @@ func create(fsys vfs.FS, dir, name string, header []byte, salt uint64, blockSize
 	if err != nil {
 		return nil, err
 	}
-	if len(header) > MaxHeaderBytes {
-		return nil, fmt.Errorf("snap: a header of %d bytes: at most %d are kept; put the rest into the payload", len(header), MaxHeaderBytes)
-	}
-	w := &Writer{
-		fs: fsys, dir: dir, name: path, tmp: strings.TrimSuffix(path, suffix) + tmpSuffix,
-		salt:  salt,
-		block: make([]byte, sumSize, sumSize+blockSize),
-	}
+	w := &Writer{fs: fsys, dir: dir, name: path, tmp: strings.TrimSuffix(path, suffix) + tmpSuffix}
 	if err := fsys.MkdirAll(dir); err != nil {
 		return nil, fmt.Errorf("snap: create the directory of snapshots: %w", err)
 	}
@@ -68,10 +56,7 @@ func create(fsys vfs.FS, dir, name string, header []byte, salt uint64, blockSize
 	if w.file, err = fsys.Create(w.tmp); err != nil {
 		return nil, fmt.Errorf("snap: create a temporary file: %w", err)
 	}
-	h := head{version: formatVersion, salt: salt, blockSize: uint32(blockSize), header: uint32(len(header)), headerCRC: checksum(0, header)}
-	first := h.encode()
-	w.end.sums = checksum(0, first[8:12])
-	if err := w.put(append(first, header...)); err != nil {
+	if w.Encoder, err = newEncoder(&tail{w: w}, header, salt, blockSize); err != nil {
 		return nil, errors.Join(err, w.Abort())
 	}
 	return w, nil
@@ -88,52 +73,28 @@ func pathOf(dir, name string) (string, error) {
 // fail stops the Writer for good: after a failed write or sync nobody knows
 // what the file holds, and a later sync that succeeds would not tell.
 func (w *Writer) fail(what string, err error) error {
-	w.err = fmt.Errorf("snap: %s %s: %w; this snapshot is lost: abort it, see to the disk, begin another one", what, w.tmp, err)
+	w.err = w.failure(what, err)
 	return w.err
 }
 
-// put writes to the end of the file.
-func (w *Writer) put(p []byte) error {
-	if _, err := w.file.WriteAt(p, w.off); err != nil {
-		return w.fail("write", err)
-	}
-	w.off += int64(len(p))
-	return nil
+func (w *Writer) failure(what string, err error) error {
+	return fmt.Errorf("snap: %s %s: %w; this snapshot is lost: abort it, see to the disk, begin another one", what, w.tmp, err)
 }
 
-// putBlock writes the block that has gathered.
-func (w *Writer) putBlock() error {
-	sum := w.block[:sumSize]
-	binary.LittleEndian.PutUint32(sum, checksum(placed(w.salt, w.off), w.block[sumSize:]))
-	w.end.sums = checksum(w.end.sums, sum)
-	w.end.blocks++
-	err := w.put(w.block)
-	w.block = sum
-	return err
+// tail is the end of a Writer's file.
+type tail struct {
+	w   *Writer
+	off int64
 }
 
-// Write adds to the payload. It gathers blocks and writes whole ones; nothing
-// is durable before Commit. After an error every further call returns it.
-func (w *Writer) Write(p []byte) (int, error) {
-	if w.err != nil {
-		return 0, w.err
+func (t *tail) Write(p []byte) (int, error) {
+	n, err := t.w.file.WriteAt(p, t.off)
+	t.off += int64(n)
+	if err != nil {
+		return n, t.w.failure("write", err)
 	}
-	for n := 0; n < len(p); {
-		k := min(len(p)-n, cap(w.block)-len(w.block))
-		w.block = append(w.block, p[n:n+k]...)
-		n += k
-		w.end.size += uint64(k)
-		if len(w.block) == cap(w.block) {
-			if err := w.putBlock(); err != nil {
-				return n, err
-			}
-		}
-	}
-	return len(p), nil
+	return n, nil
 }
-
-// Size returns how much payload has been written so far, in bytes.
-func (w *Writer) Size() int64 { return int64(w.end.size) }
 
 // Sync makes the whole blocks written so far durable. It is only there to
 // shorten the sync in Commit; a crash loses the snapshot all the same.
@@ -153,15 +114,7 @@ func (w *Writer) Sync() error {
 // before or, where only the sync of the directory failed, for the new snapshot,
 // which is whole, though a power cut may take it back.
 func (w *Writer) Commit() error {
-	if w.err != nil {
-		return w.err
-	}
-	if len(w.block) > sumSize {
-		if err := w.putBlock(); err != nil {
-			return err
-		}
-	}
-	if err := w.put(w.end.encode(w.salt, w.off)); err != nil {
+	if err := w.Finish(); err != nil {
 		return err
 	}
 	if err := w.Sync(); err != nil {
