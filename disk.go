@@ -26,6 +26,7 @@ const (
 	recordEntries   byte = 2
 	recordStart     byte = 3 // carried into every segment
 	recordBoot      byte = 4 // carried into every segment
+	recordHistory   byte = 5 // carried into every segment
 )
 
 // diskStorage is the Storage of Config.Dir: an identity file and a write-ahead
@@ -80,24 +81,19 @@ func (d *diskStorage) Open(ctx context.Context, id Identity) (rec Recovered, err
 	if err := d.fs.MkdirAll(d.dir); err != nil {
 		return rec, fmt.Errorf("raft: make data directory %s: %w", d.dir, err)
 	}
-	d.lock, err = d.fs.Lock(filepath.Join(d.dir, "lock"))
-	if err != nil {
-		return rec, fmt.Errorf("raft: data directory %s is in use by another node: %w", d.dir, err)
+	if err := d.takeLock(); err != nil {
+		return rec, err
 	}
 	defer func() {
 		if err != nil {
 			d.lock.Close()
 		}
 	}()
-	d.options.FS, d.options.Dir = d.fs, filepath.Join(d.dir, "wal")
-	d.snapshots = snapshotStore{storage: d, dir: filepath.Join(d.dir, "snap")}
 	if rec.DirectoryID, err = d.openIdentity(id); err != nil {
 		return rec, err
 	}
 	var l raftLog
-	d.options.Tag = rec.DirectoryID
-	d.options.Carry = []byte{recordHardState, recordStart, recordBoot}
-	d.log, err = wal.Open(ctx, d.options, func(lsn wal.LSN, r wal.Record) error {
+	err = d.openLog(ctx, rec.DirectoryID, func(lsn wal.LSN, r wal.Record) error {
 		return d.replay(&rec, &l, lsn, r)
 	})
 	if err != nil {
@@ -134,6 +130,28 @@ func (d *diskStorage) Open(ctx context.Context, id Identity) (rec Recovered, err
 	return rec, nil
 }
 
+// takeLock takes the directory, which must exist, for this storage alone.
+func (d *diskStorage) takeLock() (err error) {
+	d.options.FS, d.options.Dir = d.fs, filepath.Join(d.dir, "wal")
+	d.snapshots = snapshotStore{storage: d, dir: filepath.Join(d.dir, "snap")}
+	d.lock, err = d.fs.Lock(filepath.Join(d.dir, "lock"))
+	if errors.Is(err, vfs.ErrLocked) {
+		return &InUseError{Dir: d.dir, Err: err}
+	}
+	if err != nil {
+		return fmt.Errorf("raft: lock data directory %s: %w", d.dir, err)
+	}
+	return nil
+}
+
+// openLog opens the write-ahead log of the directory with this ID.
+func (d *diskStorage) openLog(ctx context.Context, dirID [16]byte, replay func(wal.LSN, wal.Record) error) (err error) {
+	d.options.Tag = dirID
+	d.options.Carry = []byte{recordHardState, recordStart, recordBoot, recordHistory}
+	d.log, err = wal.Open(ctx, d.options, replay)
+	return err
+}
+
 // countBoot makes it durable that the node was started once more. A directory
 // that was rolled back counts fewer starts than its peers remember.
 func (d *diskStorage) countBoot(rec *Recovered) error {
@@ -160,6 +178,11 @@ func (d *diskStorage) replay(rec *Recovered, l *raftLog, lsn wal.LSN, r wal.Reco
 		rec.Boot = f.uint64()
 		if err := f.finish(); err != nil {
 			return malformed("the boot counter", err)
+		}
+	case recordHistory:
+		var err error
+		if rec.History, err = decodeHistory(r.Data); err != nil {
+			return malformed("the directory's history", err)
 		}
 	case recordStart:
 		start, conf := f.entryID(), configAt{index: Index(f.uint64())}
@@ -397,6 +420,8 @@ func (d *diskStorage) Close() error {
 
 const doRestore = "restore this directory from a backup, or remove this node from the cluster and add it again with an empty directory; nothing was changed"
 
+const doEmpty = "if a backup was being restored here, empty the directory and restore it again; otherwise " + doRestore
+
 // explain turns the log's errors into this package's.
 func (d *diskStorage) explain(err error) error {
 	var corrupt *wal.CorruptError
@@ -483,8 +508,10 @@ func (d *diskStorage) openIdentity(id Identity) (dirID [16]byte, err error) {
 }
 
 func (d *diskStorage) makeIdentity(name string, id Identity) (dirID [16]byte, err error) {
-	if names, err := d.fs.List(d.options.Dir); err == nil && len(names) > 0 {
-		return dirID, &CorruptError{File: name, Found: "no identity file beside a log", Do: doRestore}
+	for _, dir := range []string{d.options.Dir, d.snapshots.dir} {
+		if names, err := d.fs.List(dir); err == nil && len(names) > 0 {
+			return dirID, &CorruptError{File: name, Found: "no identity file beside a log or a snapshot, as where a restore was cut short", Do: doEmpty}
+		}
 	}
 	d.random(dirID[:])
 	return dirID, d.writeIdentity(name, dirID, id)

@@ -117,7 +117,7 @@ func (e *ResultSizeError) Error() string {
 type StillRunningError struct {
 	Apply    Index // of the entry whose Apply runs, 0 if none does
 	Flush    bool  // a write or fsync of the log runs
-	Snapshot bool  // a Capture's WriteTo or Close, or a write of a snapshot file, runs
+	Snapshot bool  // a Capture's WriteTo or Close, a write of a snapshot file, or a Backup runs
 }
 
 func (e *StillRunningError) Error() string {
@@ -129,7 +129,7 @@ func (e *StillRunningError) Error() string {
 		running = append(running, "a write or fsync of the log")
 	}
 	if e.Snapshot {
-		running = append(running, "a Capture's WriteTo or Close, or the writing of a snapshot's file")
+		running = append(running, "a Capture's WriteTo or Close, the writing of a snapshot's file, or a Backup")
 	}
 	if running == nil {
 		running = append(running, "a read of the log, a dial of Config.DialContext or a call of Config.Logger")
@@ -206,6 +206,20 @@ type IdentityError struct {
 func (e *IdentityError) Error() string {
 	return fmt.Sprintf("raft: %s: found %s, want %s: %s", e.Path, e.Found, e.Want, e.Do)
 }
+
+// InUseError refuses a data directory that a running node uses, of this process
+// or of another one.
+type InUseError struct {
+	Dir string
+	Err error // what the lock said
+}
+
+func (e *InUseError) Error() string {
+	return fmt.Sprintf("raft: data directory %s is in use by another node; stop that one first, or name another directory: %v", e.Dir, e.Err)
+}
+
+// Unwrap returns what the lock said.
+func (e *InUseError) Unwrap() error { return e.Err }
 
 // MembershipReason says why a change of the membership was refused.
 type MembershipReason byte

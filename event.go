@@ -58,6 +58,7 @@ const (
 	EventSnapshotProgress                       // of one sent to Peer: Index, Detail
 	EventSnapshotInstalled                      // another node's, up to Index, has replaced the log
 	EventLeaderLeft                             // Peer, the leader, has closed its connections
+	EventHistory                                // Detail: what was done to the data directory, as HistoryRecord says it
 )
 
 // Reason says why a node's role changed.
@@ -183,6 +184,8 @@ func (e Event) String() string {
 		return fmt.Sprintf("installs a snapshot up to entry %d in place of its log", e.Index)
 	case EventLeaderLeft:
 		return fmt.Sprintf("sees that %s, the leader, has closed its connections, term=%d", e.Peer, e.Term)
+	case EventHistory:
+		return "runs on a data directory that " + e.Detail
 	case EventTransfer:
 		return fmt.Sprintf("hands leadership to %s, term=%d", e.Peer, e.Term)
 	}

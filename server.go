@@ -4,11 +4,13 @@ import (
 	"context"
 	"crypto/rand"
 	"encoding/binary"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
 	"iter"
 	"net"
+	"slices"
 	"sync"
 	"time"
 )
@@ -25,6 +27,7 @@ type Server struct {
 	dirID        [16]byte
 	nonce        uint64
 	boot         uint64          // how often the directory was opened
+	history      []HistoryRecord // of the data directory
 	restoredFrom *SnapshotMeta   // that the state machine was restored from at the start
 	sessions     *sessionTable   // with it
 	formWake     chan struct{}   // signalled when entry 1 is decided
@@ -110,7 +113,7 @@ func (s *Server) recover(ctx context.Context) (*core, error) {
 	if err != nil {
 		return nil, err
 	}
-	s.dirID, s.boot = rec.DirectoryID, rec.Boot
+	s.dirID, s.boot, s.history = rec.DirectoryID, rec.Boot, rec.History
 	var nonce [8]byte
 	rand.Read(nonce[:])
 	s.nonce = binary.LittleEndian.Uint64(nonce[:])
@@ -192,6 +195,9 @@ func (s *Server) run(c *core) {
 	if s.restoredFrom != nil {
 		s.machine.restored(s.restoredFrom, s.sessions)
 		s.cm.pending.applied, s.cm.pending.term = s.restoredFrom.Last.Index, s.restoredFrom.Last.Term
+	}
+	for _, h := range s.history {
+		s.emit(Event{Kind: EventHistory, Detail: h.String()})
 	}
 	s.cm.run(s, s.machine)
 	s.cm.mu.Lock()
@@ -370,6 +376,9 @@ type Status struct {
 	Missing   []NodeID         // founders that a forming node waits for
 	Followers []FollowerStatus // on the leader
 	Err       error            // why the node is dead, or applies nothing
+
+	ClusterUUID string          // in hexadecimal; tells apart clusters with one ClusterID; all zeros while unformed
+	History     []HistoryRecord // what was done to the data directory beside running a node, oldest first
 }
 
 // FollowerStatus is what a leader knows of a follower.
@@ -394,6 +403,7 @@ func (s *Server) Status() Status {
 		Role: c.role, Term: c.currentTerm, Leader: c.leader.label(c),
 		First: c.log.start.Index + 1, Last: c.log.last, Durable: c.durableIndex,
 		Commit: c.commitIndex, Applied: cm.pending.applied, Snapshot: c.newestSnapshot.Index, Err: c.failure,
+		ClusterUUID: hex.EncodeToString(c.configuration.clusterUUID[:]), History: slices.Clone(s.history),
 	}
 	if st.Err == nil && cm.pending.stopped != nil {
 		st.Err = errors.Unwrap(cm.pending.stopped) // ErrStopped, or an *ApplyError

@@ -33,10 +33,11 @@ type Recovered struct {
 	Tail        []Entries // the newest entries, as far as memory should hold them; at least the last one, if there is one
 	Config      []byte    // data of the newest configuration entry, nil in an unformed directory
 	ConfigIndex Index
-	older       []configAt     // configurations before it, which a truncation may bring back
-	Snapshots   []SnapshotMeta // complete ones, newest first
-	DirectoryID [16]byte       // random, made with the directory
-	Boot        uint64         // how often the storage was opened, this time included
+	older       []configAt      // configurations before it, which a truncation may bring back
+	Snapshots   []SnapshotMeta  // complete ones, newest first
+	DirectoryID [16]byte        // random, made with the directory
+	Boot        uint64          // how often the storage was opened, this time included
+	History     []HistoryRecord // what an operator did to the directory beside running a node, oldest first
 }
 
 // restoreNewest has the state restored from the newest snapshot that is not

@@ -11,7 +11,6 @@ import (
 
 const (
 	formatVersion = 1
-	headMagic     = "raftsnp\n"
 	endMagic      = "snapend\n"
 	headSize      = 36
 	endSize       = 32
@@ -19,6 +18,9 @@ const (
 	blockSize     = 256 << 10 // data of a block that Create writes, in bytes
 	maxBlockSize  = 1 << 20   // that Open accepts
 )
+
+// Magic is what every snapshot begins with.
+const Magic = "raftsnp\n"
 
 // MaxHeaderBytes is the largest header that Create takes.
 const MaxHeaderBytes = 1 << 20
@@ -47,7 +49,7 @@ type head struct {
 
 func (h *head) encode() []byte {
 	b := make([]byte, headSize)
-	copy(b, headMagic)
+	copy(b, Magic)
 	le := binary.LittleEndian
 	le.PutUint32(b[12:], h.version)
 	le.PutUint64(b[16:], h.salt)
@@ -62,7 +64,7 @@ func (h *head) encode() []byte {
 // the version, so that a newer format can be told from damage.
 func decodeHead(b []byte) (h head, wrong string) {
 	le := binary.LittleEndian
-	if string(b[:8]) != headMagic {
+	if string(b[:8]) != Magic {
 		return h, fmt.Sprintf("the bytes % x where a snapshot starts", b[:8])
 	}
 	if got, want := checksum(0, b[12:headSize]), le.Uint32(b[8:]); got != want {

@@ -80,7 +80,7 @@ func fixChecksums(b []byte) []byte {
 	if len(b) < headSize+endSize {
 		return b
 	}
-	copy(b, headMagic)
+	copy(b, Magic)
 	le := binary.LittleEndian
 	salt, bs, header := le.Uint64(b[16:]), int64(le.Uint32(b[24:])), int64(le.Uint32(b[28:]))
 	endAt := int64(len(b) - endSize)
