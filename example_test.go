@@ -1,6 +1,7 @@
 package raft_test
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -9,6 +10,7 @@ import (
 	"log/slog"
 	"net"
 	"os"
+	"path/filepath"
 	"strconv"
 	"sync/atomic"
 	"testing"
@@ -320,4 +322,38 @@ func ExampleConfig_Validate() {
 	// ClusterID: want 1 to 255 bytes, the same on every node; have 0
 	// Bootstrap[0].Addr: "localhost" is not host:port
 	// ElectionTimeout: 1s is below three times HeartbeatInterval (3s): one late heartbeat would depose a healthy leader, and leaders would churn
+}
+
+// A backup is taken from a running cluster and restored as a new one.
+func ExampleServer_Backup() {
+	ctx := context.Background()
+	running := start(node(&total{}))
+	running.Propose(ctx, []byte("40"))
+	running.Propose(ctx, []byte("2"))
+	var backup bytes.Buffer // or a file, or an HTTP response
+	if _, err := running.Backup(ctx, &backup); err != nil {
+		fmt.Println(err)
+	}
+	running.Close()
+
+	info, err := raft.VerifyBackup(bytes.NewReader(backup.Bytes()))
+	fmt.Printf("a backup of %q up to entry %d, %v\n", info.ClusterID, info.Last.Index, err)
+
+	dir := filepath.Join(os.TempDir(), fmt.Sprintf("raft-example-%d", os.Getpid()))
+	defer os.RemoveAll(dir)
+	_, err = raft.RestoreBackup(ctx, dir, &backup, raft.RestoreOptions{
+		ID: "a", Addr: "127.0.0.1:7000", ClusterID: "restored", FromCluster: "examples",
+	})
+	if err != nil {
+		fmt.Println(err)
+	}
+	c := node(&total{})
+	c.ClusterID, c.Storage, c.Dir = "restored", nil, dir
+	restored := start(c)
+	defer restored.Close()
+	result, err := restored.Propose(ctx, []byte("1")) // AddVoter adds other nodes
+	fmt.Printf("the total is %s, %v\n", result.Data, err)
+	// Output:
+	// a backup of "examples" up to entry 4, <nil>
+	// the total is 43, <nil>
 }
