@@ -403,8 +403,8 @@ func TestBackupBesideSnapshots(t *testing.T) {
 		proposeN(t, h, "a", 3)
 		first := h.Server(0).Status().Applied
 		storage.before = func() {
-			for range keptSnapshots {
-				proposeN(t, h, "b", 1)
+			for i := range keptSnapshots {
+				proposeN(t, h, fmt.Sprintf("b%d", i), 1)
 				h.TakeSnapshot(0)
 			}
 		}
@@ -446,7 +446,7 @@ func TestBackupOnDisk(t *testing.T) {
 			if got := tableLines(g, 0); got != "a0 a1 a2 a3 a4" || fresh.restores != 1 {
 				t.Fatalf("restored %q, %d times", got, fresh.restores)
 			}
-			if meta, err := readMeta(tableMachine{fresh}); err != nil || meta.Last != record.Next {
+			if meta, _, err := readMeta(tableMachine{fresh}); err != nil || meta.Last != record.Next {
 				t.Fatalf("the database says %+v, %v", meta, err)
 			}
 			g.Add()
@@ -459,6 +459,42 @@ func TestBackupOnDisk(t *testing.T) {
 			}
 		})
 	}
+}
+
+// A client's session is in the backup: a request answered before it is answered
+// alike by the new cluster and not executed again, and the session goes on.
+func TestBackupKeepsSessions(t *testing.T) {
+	snapshots(t, 1, func(t *testing.T, h *Harness) {
+		proposeN(t, h, "a", 2)
+		id, err := h.Server(0).OpenSession(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		first, err := h.Server(0).ProposeOnce(t.Context(), RequestID{Session: id, Seq: 1}, []byte("once"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		b, _ := backupOf(t, h.Server(0))
+		if _, err := h.Server(0).ProposeOnce(t.Context(), RequestID{Session: id, Seq: 2}, []byte("after")); err != nil {
+			t.Fatal(err)
+		}
+		g, record := restoredHarness(t, b, WithStateMachine(func() StateMachine { return &journal{} }))
+		defer g.Shutdown()
+		g.CheckSingleLeader()
+		again, err := g.Server(0).ProposeOnce(t.Context(), RequestID{Session: id, Seq: 1}, []byte("once"))
+		if err != nil || again.Index != first.Index || string(again.Data) != string(first.Data) {
+			t.Fatalf("it was answered %+v, and now %+v, %v", first, again, err)
+		}
+		if _, err := g.Server(0).ProposeOnce(t.Context(), RequestID{Session: id, Seq: 2}, []byte("after")); err != nil {
+			t.Fatal(err)
+		}
+		if got := readJournal(g, 0); got != "a0 a1 once after" {
+			t.Fatalf("the new cluster has %q", got)
+		}
+		if other, err := g.Server(0).OpenSession(t.Context()); err != nil || Index(other) <= record.Next.Index {
+			t.Fatalf("session %d after a restore to %v: it may be one of the old cluster (%v)", other, record.Next, err)
+		}
+	})
 }
 
 // Every backup that was cut short or damaged is refused, by VerifyBackup and by
