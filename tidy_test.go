@@ -66,14 +66,15 @@ var startedGoroutines = []string{
 // importDAG is which packages of the module each one may import, besides the
 // standard library. Tests inside a package obey it too.
 var importDAG = map[string][]string{
-	"example.com/raft":                   {"example.com/raft/internal/wal", "example.com/raft/internal/snap", "example.com/raft/internal/vfs", "example.com/raft/internal/memnet", "example.com/raft/internal/timeline"},
-	"example.com/raft/internal/wal":      {"example.com/raft/internal/vfs"},
-	"example.com/raft/internal/snap":     {"example.com/raft/internal/vfs"},
-	"example.com/raft/internal/memnet":   {},
-	"example.com/raft/internal/timeline": {},
-	"example.com/raft/internal/vfs":      {},
-	"example.com/raft/admin":             {"example.com/raft"},
-	"example.com/raft/examples/kv":       {"example.com/raft", "example.com/raft/internal/memnet"},
+	"example.com/raft":                    {"example.com/raft/internal/wal", "example.com/raft/internal/snap", "example.com/raft/internal/vfs", "example.com/raft/internal/memnet", "example.com/raft/internal/timeline"},
+	"example.com/raft/internal/wal":       {"example.com/raft/internal/vfs"},
+	"example.com/raft/internal/snap":      {"example.com/raft/internal/vfs"},
+	"example.com/raft/internal/memnet":    {},
+	"example.com/raft/internal/timeline":  {},
+	"example.com/raft/internal/vfs":       {},
+	"example.com/raft/admin":              {"example.com/raft"},
+	"example.com/raft/examples/kv":        {"example.com/raft", "example.com/raft/internal/memnet", "example.com/raft/examples/kv/client"},
+	"example.com/raft/examples/kv/client": {},
 }
 
 // testOnlyModules are what go.mod may require: tests use them, and nothing

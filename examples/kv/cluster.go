@@ -21,6 +21,7 @@ import (
 const (
 	clusterID      = "kv"
 	requestTimeout = 5 * time.Second // outlasts an election
+	leaseDuration  = time.Second     // the longest that Raft's default timing allows
 
 	// Snapshots that a service takes once in 64 MiB would never be seen here:
 	// this takes them often, and keeps of the log about what the page shows of
@@ -40,6 +41,7 @@ type Node struct {
 	Addr    string        // where the others reach it; "" until listen: the same as Listen
 	Listen  string        // Raft's host:port; port 0 becomes a free one in listen, and stays
 	HTTP    string        // likewise for clients
+	Leases  bool          // while this node leads, it answers reads by lease
 	Timeout time.Duration // of a request
 	Logger  *slog.Logger
 	Feed    *Feed
@@ -113,10 +115,14 @@ func (n *Node) Start(ctx context.Context) error {
 		return err
 	}
 	store := newStore()
+	promised := time.Duration(0)
+	if n.Leases {
+		promised = leaseDuration
+	}
 	server, err := raft.Start(ctx, raft.Config{
 		ID: n.ID, ClusterID: clusterID, StateMachine: store, Dir: n.Dir, Bootstrap: n.Members,
 		Listener: &gatedListener{n.raftL, n.gate}, DialContext: n.gate.dial,
-		MaxCommandBytes: maxCommandBytes, Logger: n.Logger,
+		MaxCommandBytes: maxCommandBytes, Logger: n.Logger, LeaseDuration: promised,
 		SnapshotEveryBytes: snapshotEvery, KeepLogBytes: keepLog, MaxSnapshotBytesPerSecond: snapshotPerSecond,
 	})
 	if err == nil {
@@ -210,28 +216,58 @@ func (n *Node) current() (server *raft.Server, store *Store, running bool) {
 	return n.server, n.store, n.running
 }
 
-// propose is Server.Propose of whatever server runs now.
-func (n *Node) propose(ctx context.Context, cmd []byte) (raft.Result, error) {
-	server, _, running := n.current()
-	if !running {
-		return raft.Result{}, fmt.Errorf("node %s: %w", n.ID, raft.ErrStopped)
-	}
-	return server.Propose(ctx, cmd)
-}
-
-// read returns what this node holds of a key, as of a moment after the call,
-// or, if stale will do, as of now.
-func (n *Node) read(ctx context.Context, key string, stale bool) (item, error) {
+// serving returns what current does, or an error if the node does not run.
+func (n *Node) serving() (*raft.Server, *Store, error) {
 	server, store, running := n.current()
 	if !running {
-		return item{}, fmt.Errorf("node %s: %w", n.ID, raft.ErrStopped)
+		return nil, nil, fmt.Errorf("node %s: %w", n.ID, raft.ErrStopped)
 	}
-	if !stale {
-		if _, err := server.ReadIndex(ctx); err != nil {
-			return item{}, err
-		}
+	return server, store, nil
+}
+
+// propose is Server.ProposeOnce of whatever server runs now, or Server.Propose
+// for a request of no session.
+func (n *Node) propose(ctx context.Context, id raft.RequestID, cmd []byte) (raft.Result, error) {
+	server, _, err := n.serving()
+	if err != nil {
+		return raft.Result{}, err
 	}
-	return store.get(key), nil
+	if id.Session == 0 {
+		return server.Propose(ctx, cmd)
+	}
+	return server.ProposeOnce(ctx, id, cmd)
+}
+
+func (n *Node) openSession(ctx context.Context) (raft.SessionID, error) {
+	server, _, err := n.serving()
+	if err != nil {
+		return 0, err
+	}
+	return server.OpenSession(ctx)
+}
+
+func (n *Node) closeSession(ctx context.Context, id raft.SessionID) error {
+	server, _, err := n.serving()
+	if err != nil {
+		return err
+	}
+	return server.CloseSession(ctx, id)
+}
+
+// fresh returns what this node holds, when it holds what consistency demands.
+// ended closes when the node has ended, after which nothing changes any more.
+func (n *Node) fresh(ctx context.Context, consistency string) (s *Store, ended <-chan struct{}, err error) {
+	server, store, err := n.serving()
+	if err != nil {
+		return nil, nil, err
+	}
+	switch consistency {
+	case linearizable:
+		_, err = server.ReadIndex(ctx)
+	case lease:
+		_, err = server.ReadLease(ctx)
+	}
+	return store, server.Done(), err
 }
 
 // Cluster is all nodes of this process.
@@ -240,6 +276,7 @@ type Cluster struct {
 
 	dir       string // the nodes' directories are below it
 	firstPort int    // see ports; 0: any
+	leases    bool
 	logger    *slog.Logger
 
 	mu    sync.Mutex
@@ -254,8 +291,8 @@ type Cluster struct {
 // newCluster prepares the nodes whose directories are below dir, at least a, b
 // and c, which found the cluster. firstPort is the first of their ports; 0: free
 // ones.
-func newCluster(dir string, firstPort int, logger *slog.Logger) (*Cluster, error) {
-	c := &Cluster{Feed: newFeed(), dir: dir, firstPort: firstPort, logger: logger, timeout: actionTimeout}
+func newCluster(dir string, firstPort int, leases bool, logger *slog.Logger) (*Cluster, error) {
+	c := &Cluster{Feed: newFeed(), dir: dir, firstPort: firstPort, leases: leases, logger: logger, timeout: actionTimeout}
 	c.ctx, c.cancel = context.WithCancel(context.Background())
 	var founders []raft.Member
 	for i := range maxNodes {
@@ -295,7 +332,7 @@ func (c *Cluster) newNode(i int) *Node {
 	id := raft.NodeID(rune('a' + i))
 	clients, peers := ports(c.firstPort, i)
 	return &Node{
-		ID: id, Dir: filepath.Join(c.dir, string(id)), Listen: peers, HTTP: clients,
+		ID: id, Dir: filepath.Join(c.dir, string(id)), Listen: peers, HTTP: clients, Leases: c.leases,
 		Timeout: requestTimeout, Logger: c.logger, Feed: c.Feed, gate: newGate(),
 		Handler: func(n *Node) http.Handler { return newPage(c, n, true) },
 	}

@@ -129,7 +129,7 @@ func (c *client) status(base string) (s pageState, err error) {
 // startCluster runs three nodes in this process until the test ends.
 func startCluster(t *testing.T, dir string, ports int, timeout time.Duration) *Cluster {
 	t.Helper()
-	c, err := newCluster(dir, ports, slog.New(slog.DiscardHandler))
+	c, err := newCluster(dir, ports, false, slog.New(slog.DiscardHandler))
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -5,7 +5,8 @@
 //	go run ./examples/kv -dir DATA         the same, with data that stays
 //	go run ./examples/kv -id a -peers ...  one node of a cluster of processes
 //
-// store.go is the state machine, api.go the service over HTTP, cluster.go
+// store.go is the state machine, api.go and watch.go the service over HTTP,
+// package client its client with requests that take effect once, cluster.go
 // starts and stops nodes, members.go adds and removes them, network.go
 // partitions them, page.go and page.html are the status page.
 package main
@@ -40,6 +41,7 @@ type options struct {
 	dir     string
 	port    int
 	verbose bool
+	leases  bool
 
 	id, listen, http, peers string
 	members                 []raft.Member // of peers
@@ -91,6 +93,7 @@ func parse(args []string, stderr io.Writer) (options, error) {
 	f.StringVar(&o.dir, "dir", "", "keep the data in this `directory`")
 	f.IntVar(&o.port, "port", 0, "three nodes: `port` of the page; the nodes, up to seven of them, take the 14 after it (default 8700 with -dir, otherwise free ports)")
 	f.BoolVar(&o.verbose, "v", false, "three nodes: print what Raft does")
+	f.BoolVar(&o.leases, "lease", false, "let reads with ?consistency=lease rely on clocks (Linux); without, they are linearizable ones")
 	f.StringVar(&o.id, "id", "", "run one `node`, the one of this name in -peers")
 	f.StringVar(&o.peers, "peers", "", "all nodes of the cluster, this one included, as `NAME=HOST:PORT,...`: where Raft listens; the same on every node")
 	f.StringVar(&o.listen, "listen", "", "one node: `HOST:PORT` where Raft listens (default: this node's address in -peers)")
@@ -192,7 +195,7 @@ func runDemo(ctx context.Context, o options, logger *slog.Logger, stdout io.Writ
 	if o.port != 0 {
 		firstPort = o.port + 1
 	}
-	c, err := newCluster(o.dir, firstPort, logger)
+	c, err := newCluster(o.dir, firstPort, o.leases, logger)
 	if err != nil {
 		return err
 	}
@@ -232,7 +235,7 @@ func runDemo(ctx context.Context, o options, logger *slog.Logger, stdout io.Writ
 func runNode(ctx context.Context, o options, logger *slog.Logger, stdout io.Writer) (err error) {
 	c := &Cluster{Feed: newFeed()}
 	n := &Node{
-		ID: raft.NodeID(o.id), Dir: o.dir, Members: o.members, Listen: o.listen, HTTP: o.http,
+		ID: raft.NodeID(o.id), Dir: o.dir, Members: o.members, Listen: o.listen, HTTP: o.http, Leases: o.leases,
 		Timeout: requestTimeout, Logger: logger, Feed: c.Feed, gate: newGate(),
 		Handler: func(n *Node) http.Handler { return newPage(c, n, false) },
 	}

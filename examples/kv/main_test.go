@@ -236,7 +236,9 @@ func killNine(t *testing.T, program string) {
 		p.expect(t, "leader")
 	}
 	l := startLoad(t, urls...)
+	a := startAdders(t, 2, 150, unbroken, urls...)
 	l.waitFor(t, 100)
+	a.waitFor(t, 20)
 	leader := -1
 	eventually(t, "a leader", func() bool {
 		leader = leaderOf(l.client, urls)
@@ -245,9 +247,11 @@ func killNine(t *testing.T, program string) {
 	killed := time.Now()
 	nodes[leader].signal(t, syscall.SIGKILL)
 	l.waitFor(t, 100)
+	a.waitFor(t, int(a.answered.Load())+20)
 	nodes[leader] = start(leader)
 	l.waitFor(t, 100)
 	l.stop()
+	a.check(t)
 	t.Logf("%d writes acknowledged, none for %v when the leader was killed", len(l.acked), l.longestGap(killed).Round(time.Millisecond))
 	for _, p := range nodes {
 		p.cmd.Process.Signal(os.Interrupt)

@@ -66,7 +66,9 @@ func (p *page) through(w http.ResponseWriter, r *http.Request) {
 }
 
 // api returns the node's API, which follows its restarts.
-func (n *Node) api() *api { return &api{propose: n.propose, read: n.read, timeout: n.Timeout} }
+func (n *Node) api() *api {
+	return &api{propose: n.propose, open: n.openSession, end: n.closeSession, store: n.fresh, timeout: n.Timeout}
+}
 
 func (p *page) html(w http.ResponseWriter, r *http.Request) {
 	w.Header().Set("Content-Type", "text/html; charset=utf-8")

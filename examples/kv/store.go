@@ -12,6 +12,7 @@ import (
 	"io"
 	"maps"
 	"slices"
+	"strconv"
 	"sync"
 
 	"example.com/raft"
@@ -22,8 +23,10 @@ import (
 // same keys. A version is the index of the log entry that wrote it: 0 means
 // that there is no such key.
 type Store struct {
-	mu    sync.Mutex // Apply runs on the node's goroutine, the status page reads beside it
-	items map[string]item
+	mu      sync.Mutex // Apply runs on the node's goroutine, the status page reads beside it
+	items   map[string]item
+	applied raft.Index // the newest command
+	history history    // for watches; of this node, no part of the state
 }
 
 type item struct {
@@ -31,18 +34,21 @@ type item struct {
 	version raft.Index
 }
 
-func newStore() *Store { return &Store{items: map[string]item{}} }
+func newStore() *Store {
+	return &Store{items: map[string]item{}, history: history{maxChanges: maxHistory, maxBytes: maxHistoryBytes}}
+}
 
 // Apply executes one committed command. Nothing but the command and the state
 // decides its result: no clock, no randomness, no map order. What it refuses it
 // refuses on every node, as a result like any other.
 func (s *Store) Apply(e raft.Entry) []byte {
 	c, err := decodeCommand(e.Data)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.applied = e.Index
 	if err != nil {
 		return result{status: statusMalformed, value: []byte(err.Error())}.encode()
 	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
 	old := s.items[c.key]
 	if !c.condition.holds(old.version) {
 		return result{status: statusConflict, version: old.version}.encode()
@@ -51,18 +57,50 @@ func (s *Store) Apply(e raft.Entry) []byte {
 	case opPut:
 		// The value is copied, because e.Data is part of a larger buffer that
 		// a kept slice would keep in memory.
-		s.items[c.key] = item{bytes.Clone(c.value), e.Index}
-		if old.version == 0 {
-			return result{status: statusCreated, version: e.Index}.encode()
+		return s.write(c.key, bytes.Clone(c.value), e.Index, nil)
+	case opAdd:
+		sum, err := add(old, c.value)
+		if err != nil {
+			return result{status: statusNoNumber, version: old.version, value: []byte(err.Error())}.encode()
 		}
-		return result{status: statusOK, version: e.Index}.encode()
-	case opDelete:
-		delete(s.items, c.key)
+		return s.write(c.key, sum, e.Index, sum)
 	}
 	if old.version == 0 {
 		return result{status: statusNotFound}.encode()
 	}
+	delete(s.items, c.key)
+	s.history.add(change{Index: e.Index, Key: c.key, Deleted: true})
 	return result{status: statusOK, version: old.version}.encode()
+}
+
+// write stores a value and returns the result, which holds answer.
+func (s *Store) write(key string, value []byte, at raft.Index, answer []byte) []byte {
+	r := result{status: statusOK, version: at, value: answer}
+	if s.items[key].version == 0 {
+		r.status = statusCreated
+	}
+	s.items[key] = item{value, at}
+	s.history.add(change{Index: at, Key: key, Value: value})
+	return r.encode()
+}
+
+// add returns the sum of a key's value, 0 if there is no such key, and n. Both
+// are decimal.
+func add(old item, n []byte) ([]byte, error) {
+	a, b := int64(0), int64(0)
+	var err error
+	if old.version != 0 {
+		if a, err = strconv.ParseInt(string(old.value), 10, 64); err != nil {
+			return nil, errors.New("its value is not a decimal number of at most 64 bits")
+		}
+	}
+	if b, err = strconv.ParseInt(string(n), 10, 64); err != nil {
+		return nil, errors.New("what is to be added is not a decimal number of at most 64 bits")
+	}
+	if sum := a + b; (sum > a) == (b > 0) {
+		return strconv.AppendInt(nil, sum, 10), nil
+	}
+	return nil, errors.New("the sum has more than 64 bits")
 }
 
 // get returns what this node holds of a key now; its version is 0 if that is
@@ -73,7 +111,8 @@ func (s *Store) get(key string) item {
 	return s.items[key]
 }
 
-// storedItem is an item in a snapshot.
+// storedItem is an item in a snapshot. The first one has no key: its version is
+// the newest command that the snapshot includes, from which on a watch can go on.
 type storedItem struct {
 	Key     string
 	Value   []byte
@@ -84,11 +123,14 @@ type storedItem struct {
 // copying the map is all that Apply has to wait for.
 func (s *Store) Snapshot() (raft.Capture, error) {
 	s.mu.Lock()
-	items := maps.Clone(s.items)
+	items, applied := maps.Clone(s.items), s.applied
 	s.mu.Unlock()
 	return raft.CaptureFunc(func(ctx context.Context, w io.Writer) error {
 		out := bufio.NewWriter(w)
 		enc := gob.NewEncoder(out)
+		if err := enc.Encode(storedItem{Version: applied}); err != nil {
+			return err
+		}
 		for key, it := range items {
 			if err := cmp.Or(ctx.Err(), enc.Encode(storedItem{key, it.value, it.version})); err != nil {
 				return err
@@ -100,7 +142,7 @@ func (s *Store) Snapshot() (raft.Capture, error) {
 
 // Restore replaces all keys by those of a snapshot.
 func (s *Store) Restore(r io.Reader) error {
-	items := map[string]item{}
+	items, applied := map[string]item{}, raft.Index(0)
 	for dec := gob.NewDecoder(r); ; {
 		var it storedItem
 		err := dec.Decode(&it)
@@ -110,11 +152,15 @@ func (s *Store) Restore(r io.Reader) error {
 		if err != nil {
 			return err
 		}
-		items[it.Key] = item{it.Value, it.Version}
+		applied = max(applied, it.Version)
+		if it.Key != "" {
+			items[it.Key] = item{it.Value, it.Version}
+		}
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.items = items
+	s.items, s.applied = items, applied
+	s.history.restart(applied)
 	return nil
 }
 
@@ -160,7 +206,7 @@ func shorten(value []byte) string {
 //	uvarint  version          only if the condition is ifVersion
 //	uvarint  length of the key
 //	bytes    key
-//	bytes    value            the rest; only if op is opPut
+//	bytes    value            the rest; only if op is opPut or opAdd
 type command struct {
 	op        op
 	condition condition
@@ -173,6 +219,7 @@ type op byte
 const (
 	opPut op = iota + 1
 	opDelete
+	opAdd // to a decimal number
 )
 
 type condition struct {
@@ -226,7 +273,7 @@ func decodeCommand(b []byte) (command, error) {
 		return command{}, errors.New("kv: the command is shorter than its header")
 	}
 	c := command{op: op(b[0]), condition: condition{kind: conditionKind(b[1])}}
-	if c.op < opPut || c.op > opDelete {
+	if c.op < opPut || c.op > opAdd {
 		return command{}, fmt.Errorf("kv: operation %d is unknown", c.op)
 	}
 	if c.condition.kind > ifVersion {
@@ -246,14 +293,14 @@ func decodeCommand(b []byte) (command, error) {
 	}
 	b = b[n:]
 	c.key, c.value = string(b[:size]), b[size:]
-	if len(c.value) > 0 && c.op != opPut {
+	if len(c.value) > 0 && c.op == opDelete {
 		return command{}, fmt.Errorf("kv: %d bytes follow the key of a command without a value", len(c.value))
 	}
 	return c, nil
 }
 
 // A result is what Apply answers: a status byte, the key's version as a
-// uvarint, and, for a malformed command, what is wrong with it.
+// uvarint, and the sum of an opAdd or what is wrong with the command.
 type result struct {
 	status  status
 	version raft.Index // after the command; of the key that was deleted; or that made it conflict
@@ -268,6 +315,7 @@ const (
 	statusNotFound         // there is no such key
 	statusConflict         // the condition does not hold, nothing was changed
 	statusMalformed        // value says why
+	statusNoNumber         // nothing can be added to the key: value says why, nothing was changed
 )
 
 func (r result) encode() []byte {

@@ -26,6 +26,17 @@ func TestStore(t *testing.T) {
 		{"write if present", command{op: opPut, condition: condition{kind: ifPresent}, key: "x", value: nil}, result{status: statusOK, version: 18}},
 		{"delete if version, old", command{op: opDelete, condition: condition{ifVersion, 17}, key: "x"}, result{status: statusConflict, version: 18}},
 		{"delete if version", command{op: opDelete, condition: condition{ifVersion, 18}, key: "x"}, result{status: statusOK, version: 18}},
+		{"add to nothing", command{op: opAdd, key: "n", value: []byte("-2")}, result{status: statusCreated, version: 21, value: []byte("-2")}},
+		{"add", command{op: opAdd, key: "n", value: []byte("9223372036854775807")}, result{status: statusOK, version: 22, value: []byte("9223372036854775805")}},
+		{"add too much", command{op: opAdd, key: "n", value: []byte("3")}, result{status: statusNoNumber, version: 22, value: []byte("the sum has more than 64 bits")}},
+		{"add if version", command{op: opAdd, condition: condition{ifVersion, 22}, key: "n", value: []byte("2")}, result{status: statusOK, version: 24, value: []byte("9223372036854775807")}},
+		{"add if version, old", command{op: opAdd, condition: condition{ifVersion, 22}, key: "n", value: []byte("-1")}, result{status: statusConflict, version: 24}},
+		{"add no number", command{op: opAdd, key: "n", value: []byte("1.5")}, result{status: statusNoNumber, version: 24, value: []byte("what is to be added is not a decimal number of at most 64 bits")}},
+		{"write a word", command{op: opPut, key: "w", value: []byte("word")}, result{status: statusCreated, version: 27}},
+		{"add to a word", command{op: opAdd, key: "w", value: []byte("1")}, result{status: statusNoNumber, version: 27, value: []byte("its value is not a decimal number of at most 64 bits")}},
+		{"add the lowest", command{op: opAdd, key: "m", value: []byte("-9223372036854775808")}, result{status: statusCreated, version: 29, value: []byte("-9223372036854775808")}},
+		{"add below the lowest", command{op: opAdd, key: "m", value: []byte("-1")}, result{status: statusNoNumber, version: 29, value: []byte("the sum has more than 64 bits")}},
+		{"add nothing", command{op: opAdd, key: "m", value: []byte("0")}, result{status: statusOK, version: 31, value: []byte("-9223372036854775808")}},
 	}
 	for i, step := range steps {
 		answer := s.Apply(raft.Entry{Index: raft.Index(10 + i), Data: step.c.encode()})
@@ -55,7 +66,7 @@ func TestStoreRefusesMalformedCommands(t *testing.T) {
 	valid := command{op: opDelete, condition: condition{ifVersion, 300}, key: "key"}.encode()
 	bad := map[string][]byte{
 		"operation 0":       {0, 0, 1, 'k'},
-		"operation 3":       {3, 0, 1, 'k'},
+		"operation 4":       {4, 0, 1, 'k'},
 		"condition 4":       {1, 4, 1, 'k'},
 		"version 0":         {1, byte(ifVersion), 0, 1, 'k'},
 		"no key":            {1, 0, 0},
