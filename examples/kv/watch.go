@@ -216,7 +216,6 @@ func (a *api) watch(w http.ResponseWriter, r *http.Request) {
 // stream sends b and all batches after it, until the client or the node is gone.
 func stream(w http.ResponseWriter, r *http.Request, store *Store, prefix string, b batch, ended <-chan struct{}) {
 	control := http.NewResponseController(w)
-	control.SetReadDeadline(time.Time{}) // that is for requests; an error means that there is none
 	send := func(format string, args ...any) error {
 		control.SetWriteDeadline(time.Now().Add(stallTimeout))
 		_, err := fmt.Fprintf(w, format, args...)

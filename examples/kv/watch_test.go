@@ -4,12 +4,15 @@ import (
 	"bytes"
 	"context"
 	"fmt"
+	"io"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"reflect"
 	"slices"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"example.com/raft"
@@ -64,6 +67,7 @@ func TestHistory(t *testing.T) {
 	put(s, 14, "a/6", strings.Repeat("v", 200)) // alone over the bound
 	check("too large", "", 13, nil, 13, true)
 	check("too large, after", "", 14, nil, 14, false)
+	s.Apply(raft.Entry{Index: 15, Data: command{op: opDelete, key: "a/5"}.encode()})
 
 	capture, err := s.Snapshot()
 	if err != nil {
@@ -74,16 +78,16 @@ func TestHistory(t *testing.T) {
 		t.Fatal(err)
 	}
 	items := s.items
-	s.Apply(raft.Entry{Index: 15, Data: command{op: opDelete, key: "a/6"}.encode()})
+	s.Apply(raft.Entry{Index: 16, Data: command{op: opDelete, key: "a/6"}.encode()})
 	other := newStore()
 	put(other, 1, "gone", "x")
 	if err := other.Restore(&file); err != nil {
 		t.Fatal(err)
 	}
 	s = other
-	check("restored: before", "", 13, nil, 13, true)
-	check("restored: at the snapshot", "", 14, nil, 14, false)
-	if len(s.items) != 5 || !reflect.DeepEqual(s.items["b/1"], items["b/1"]) || s.newestIndex() != 14 {
+	check("restored: before", "", 14, nil, 14, true)
+	check("restored: at the snapshot", "", 15, nil, 15, false)
+	if len(s.items) != 4 || !reflect.DeepEqual(s.items["b/1"], items["b/1"]) || s.newestIndex() != 15 {
 		t.Errorf("restored: %d keys at %d", len(s.items), s.newestIndex())
 	}
 }
@@ -193,4 +197,63 @@ func TestSlowWatcher(t *testing.T) {
 	if got := w.Body.String(); !strings.HasPrefix(got, want) {
 		t.Errorf("the watcher was sent %q, want %q...", got, want)
 	}
+}
+
+// pipes is a listener whose connections are net.Pipes, which know virtual time.
+type pipes chan net.Conn
+
+func (p pipes) Accept() (net.Conn, error) {
+	if c, ok := <-p; ok {
+		return c, nil
+	}
+	return nil, net.ErrClosed
+}
+func (p pipes) Close() error   { return nil }
+func (p pipes) Addr() net.Addr { return &net.TCPAddr{} }
+
+// A watch is not cut by the server's limits for requests, is told of a change at
+// once and of its position meanwhile; a client that does not read at all is cut.
+func TestWatchLasts(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s, listener := newStore(), make(pipes)
+		mux := http.NewServeMux()
+		storeAPI(s, nil).register(mux)
+		server := newHTTPServer(mux)
+		go server.Serve(listener)
+		watch := func() net.Conn {
+			client, conn := net.Pipe()
+			listener <- conn
+			fmt.Fprint(client, "GET /kv/?watch=1&prefix=a HTTP/1.1\r\nHost: kv\r\n\r\n")
+			return client
+		}
+		var got syncBuffer
+		reads, stalls := watch(), watch()
+		left := make(chan struct{})
+		go func() {
+			defer close(left)
+			io.Copy(&got, reads)
+		}()
+		time.Sleep(10 * time.Minute)
+		synctest.Wait()
+		if n, want := strings.Count(got.String(), "id: 0\n\n"), 1+int(10*time.Minute/keepAlive); n != want {
+			t.Errorf("the position was sent %d times in ten minutes, want %d", n, want)
+		}
+		put(s, 1, "b", "v")
+		synctest.Wait()
+		if !strings.Contains(got.String(), "id: 1\n\n") {
+			t.Error("the position was not moved past a change of another key")
+		}
+		put(s, 2, "a", "v")
+		synctest.Wait()
+		if want := "id: 2\ndata: {\"index\":2,\"key\":\"a\",\"value\":\"v\"}\n\n"; !strings.Contains(got.String(), want) {
+			t.Errorf("after ten minutes the watch has not got %q", want)
+		}
+		if n, err := io.Copy(io.Discard, stalls); n > 0 || err != nil {
+			t.Errorf("a client that read nothing for ten minutes was then sent %d bytes, %v", n, err)
+		}
+		reads.Close()
+		<-left
+		close(listener)
+		server.Close()
+	})
 }

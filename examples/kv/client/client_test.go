@@ -234,8 +234,11 @@ func TestSequenceNumbers(t *testing.T) {
 			}
 		}}
 		c := newTestClient(t, n, "node:1", "dead:2")
+		c.node.Store(1)
+		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+		defer cancel()
 		for i := range 3 {
-			if _, err := c.Put(t.Context(), "k", []byte("v"), Condition{}); err != nil {
+			if _, err := c.Put(ctx, "k", []byte("v"), Condition{}); err != nil {
 				t.Fatalf("write %d: %v", i, err)
 			}
 		}
@@ -295,21 +298,30 @@ func TestWindow(t *testing.T) {
 
 // The first writes of a client, all at once, share one session.
 func TestOneSession(t *testing.T) {
-	n := &node{handle: func(http.ResponseWriter, *http.Request) {}}
-	c := newTestClient(t, n, "node:1")
-	var all sync.WaitGroup
-	for range 20 {
-		all.Go(func() {
-			if _, err := c.Put(t.Context(), "k", nil, Condition{}); err != nil {
-				t.Error(err)
-			}
-		})
-	}
-	all.Wait()
-	if n.sessions != 1 {
-		t.Errorf("%d sessions were opened", n.sessions)
-	}
+	synctest.Test(t, func(t *testing.T) {
+		n := &node{handle: func(http.ResponseWriter, *http.Request) {}}
+		c := newTestClient(t, roundTrip(func(r *http.Request) (*http.Response, error) {
+			time.Sleep(time.Second)
+			return n.RoundTrip(r)
+		}), "node:1")
+		var all sync.WaitGroup
+		for range 20 {
+			all.Go(func() {
+				if _, err := c.Put(t.Context(), "k", nil, Condition{}); err != nil {
+					t.Error(err)
+				}
+			})
+		}
+		all.Wait()
+		if n.sessions != 1 {
+			t.Errorf("%d sessions were opened", n.sessions)
+		}
+	})
 }
+
+type roundTrip func(*http.Request) (*http.Response, error)
+
+func (f roundTrip) RoundTrip(r *http.Request) (*http.Response, error) { return f(r) }
 
 // A watch goes on where it was, and ends with an error that says what to do.
 func TestWatchResumes(t *testing.T) {
