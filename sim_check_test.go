@@ -362,8 +362,12 @@ func (b *ledger) leaves(s *sim, n *simNode, m *message) {
 		}
 	case m.appendReply != nil:
 		term = m.appendReply.Term
-		if a := m.token.(*simCall).append; m.appendReply.Success && !a.Heartbeat {
+		a := m.token.(*simCall).append
+		if m.appendReply.Success && !a.Heartbeat {
 			b.acknowledges(s, n, a)
+		}
+		if m.appendReply.Promised && d.hard.LeasePromise < a.Lease {
+			s.fail("22 node %d promises %v, its disk has %v", n.i, a.Lease, d.hard.LeasePromise)
 		}
 	}
 	if d.hard.Term < term {

@@ -128,7 +128,8 @@ func (s *sim) delay(m *simMsg, path int) time.Duration {
 	if s.strikes(faultDelay, path, w.tailP) {
 		d += s.someTimeouts(0.01, 4)
 	}
-	if (m.isReply || m.call.kind == callSnapshot) && s.strikes(faultOldReply, path, w.oldP) {
+	late := m.isReply || m.call.kind == callSnapshot || w.lease > 0 && m.call.append != nil && m.call.append.Campaign
+	if late && s.strikes(faultOldReply, path, w.oldP) {
 		d += s.someTimeouts(0.1, 30)
 	}
 	return d
@@ -290,14 +291,19 @@ func (s *sim) nemesis() {
 	case nemPause:
 		n.pausedUntil = s.now + s.someTimeouts(0.1, 8)
 		s.push(simEvent{at: n.pausedUntil, kind: evResume, node: n.i})
-		s.note(n.i, "paused until %v", n.pausedUntil)
-	case nemClock:
-		n.clockBase, n.clockAt = s.localNow(n).Sub(simEpoch)+s.someTimeouts(0.01, 2), s.now
-		n.clockRate = 0.9 + 0.2*s.rng.Float64()
-		s.note(n.i, "clock jumps and runs at %.3f", n.clockRate)
-		if n.core != nil {
-			s.armTimer(n)
+		if w.lease > 0 && s.chance(0.5) {
+			s.fallAsleep(n)
+			s.reads.sleeps++
 		}
+		s.note(n.i, "paused until %v, its machine asleep: %v", n.pausedUntil, n.asleep)
+	case nemClock:
+		jump, rate := s.someTimeouts(0.01, 2), 0.9+0.2*s.rng.Float64()
+		if w.lease > 0 {
+			jump, rate = 0, s.drawRate()
+		}
+		s.setClock(n, jump, rate)
+		s.armTimer(n)
+		s.note(n.i, "clock jumps by %v and runs at %.3f", jump, rate)
 	case nemSnapshot:
 		s.takeSnapshot(n)
 	case nemCampaign, nemCampaignMore:
@@ -408,7 +414,7 @@ func (s *sim) heal() {
 	for i, n := range s.nodes {
 		n.crashIn = 0
 		s.resume(n)
-		n.clockRate, n.clockBase, n.clockAt = 1, s.localNow(n).Sub(simEpoch), s.now
+		s.setClock(n, 0, 1)
 		switch {
 		case !s.core[i]:
 			s.crash(n)

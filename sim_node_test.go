@@ -43,6 +43,9 @@ type simNode struct {
 	clockRate   float64 // local seconds per second since clockAt
 	clockBase   time.Duration
 	clockAt     time.Duration
+	asleep      bool // the machine is suspended: its clock stands still
+	sleepsSince time.Duration
+	sleptFor    time.Duration // by its own clock
 
 	before      coreSnapshot
 	truncations uint64
@@ -68,7 +71,11 @@ func newSimNode(s *sim, i int, first Entries) *simNode {
 }
 
 func (s *sim) localNow(n *simNode) time.Time {
-	return simEpoch.Add(n.clockBase + time.Duration(float64(s.now-n.clockAt)*n.clockRate))
+	at := s.now
+	if n.asleep {
+		at = n.sleepsSince
+	}
+	return simEpoch.Add(n.clockBase + time.Duration(float64(at-n.clockAt)*n.clockRate))
 }
 
 // boot starts a run of the node from what its disk recovers.
@@ -107,11 +114,15 @@ func (s *sim) boot(n *simNode) {
 	n.box, n.wait = outbox{}, pending{maxKept: 4096}
 	n.applying, n.flushing, n.beating, n.timerAt = false, false, false, 0
 	n.pausedUntil, n.deferred, n.crashIn = 0, nil, 0
+	s.wake(n)
 	n.seenDurable = rec.Last
 	dice := rand.New(rand.NewPCG(s.rng.Uint64(), s.rng.Uint64()))
 	n.core = newCore(rec.ownNumber(n.name, simDirectory(n.i, n.disks)), n.limits, rec, conf, dice, s.localNow(n))
 	n.core.name, n.core.directory = n.name, simDirectory(n.i, n.disks)
 	s.book.started(s, n)
+	if n.core.longestPromise > 0 {
+		s.reads.withheld++
+	}
 	s.note(n.i, "starts with term %d vote %d log %v..%d snapshot %v", rec.HardState.Term, rec.HardState.VotedFor, rec.Start, rec.Last, n.snaps.newest.Last)
 	c := s.begin(n)
 	if from != nil {
@@ -124,7 +135,7 @@ func (s *sim) boot(n *simNode) {
 // begin sets the scene for one transition of the core; end hands its effects on.
 func (s *sim) begin(n *simNode) *core {
 	n.before, n.truncations = n.core.snapshot(), n.core.log.truncations
-	n.core.now = s.localNow(n)
+	s.setTime(n)
 	s.steps++
 	return n.core
 }
@@ -526,6 +537,10 @@ func (s *sim) restartAfter(n *simNode, d time.Duration) {
 func (s *sim) campaign(n *simNode) {
 	c := n.core
 	if c == nil || c.role == Leader || c.role == Dead || n.pausedUntil > s.now || !c.configuration.voter(c.self) || c.removed {
+		return
+	}
+	if s.swarm.lease > 0 {
+		s.campaignByLease(n)
 		return
 	}
 	s.note(n.i, "campaigns at once")

@@ -6,18 +6,25 @@ package raft
 // simReads counts what became of them.
 type simReads struct {
 	begun, allowed, refused int
+	byLease                 int // of those allowed, at once and by a leader that has followers
+	withheld                int // starts after which a promise is kept
+	sleeps                  int // of machines
 }
 
 func (r *simReads) add(o simReads) {
 	r.begun += o.begun
 	r.allowed += o.allowed
 	r.refused += o.refused
+	r.byLease += o.byLease
+	r.withheld += o.withheld
+	r.sleeps += o.sleeps
 }
 
 // simReadToken says when a read began, and on which run of a node.
 type simReadToken struct {
 	run   uint32
 	floor Index
+	lease bool // a lease would do, and there was one
 }
 
 // beginRead asks a node that leads, or believes so, for the index of a read in
@@ -28,7 +35,9 @@ func (s *sim) beginRead(n *simNode) {
 	if ps := n.core.progress; len(ps) > 0 && s.chance(0.5) {
 		from = ps[s.rng.IntN(len(ps))].id
 	}
-	s.begin(n).readIndex(from, simReadToken{n.run, s.load.newest})
+	c := s.begin(n)
+	lease := s.swarm.lease > 0 && s.chance(0.7)
+	c.read(from, lease, simReadToken{n.run, s.load.newest, lease && len(c.progress) > 0 && c.holdsLease()})
 	s.end(n)
 }
 
@@ -41,6 +50,9 @@ func (s *sim) readAnswered(n *simNode, answers []readAnswer) {
 			continue
 		}
 		s.reads.allowed++
+		if token.lease {
+			s.reads.byLease++
+		}
 		if token.run != n.run {
 			s.fail("21 node %d answers a read of an earlier run", n.i)
 		}

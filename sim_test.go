@@ -107,11 +107,14 @@ type simSwarm struct {
 	snapshotP     float64 // a node takes a snapshot after it has applied something
 	snapshotFailP float64
 	snapshotSlowP float64
-	installLateP  float64 // a stored snapshot takes much longer to be installed
-	blockBytes    int     // of a snapshot, in one message
-	stateMax      int     // bytes of padding in a snapshot
-	prepareP      float64 // the real log is tended after a flush: segments prepared and reclaimed
-	losses        int     // how many voters may lose their disk; always a minority
+	installLateP  float64       // a stored snapshot takes much longer to be installed
+	blockBytes    int           // of a snapshot, in one message
+	stateMax      int           // bytes of padding in a snapshot
+	prepareP      float64       // the real log is tended after a flush: segments prepared and reclaimed
+	losses        int           // how many voters may lose their disk; always a minority
+	lease         time.Duration // that leaders ask for; zero: there are none
+	driftPercent  int           // that leases allow for
+	clockSpread   float64       // by how much rates of clocks do differ, where there are leases
 }
 
 type sim struct {
@@ -220,6 +223,7 @@ func runSim(seed uint64, plan simPlan) (res simResult) {
 		e := s.pop()
 		s.now = e.at
 		s.handle(e)
+		s.checkLeases()
 		if plan.check != nil {
 			plan.check(s)
 		}
@@ -247,6 +251,7 @@ func newSim(seed uint64, plan simPlan) *sim {
 	s.ring = make([]simRecord, 0, 512)
 	s.drawSwarm()
 	s.drawMembers()
+	s.drawLeases()
 	if plan.tune != nil {
 		plan.tune(&s.swarm)
 	}
@@ -411,6 +416,9 @@ func (s *sim) drawLimits(uniform bool, base *limits) limits {
 	l.heartbeatInterval = t / time.Duration(s.between(3, 10))
 	l.checkQuorum = s.chance(0.8)
 	l.preVote = l.checkQuorum && s.chance(0.8)
+	if w := &s.swarm; w.lease > 0 && (uniform || s.chance(0.8)) {
+		l.leasePromise, l.lease = w.lease, leaseWithin(w.lease, w.driftPercent)
+	}
 	return l
 }
 
@@ -523,6 +531,10 @@ func (s *sim) beginFaults() {
 	s.faulty = true
 	s.round++
 	for _, n := range s.nodes {
+		if s.swarm.lease > 0 {
+			s.setClock(n, 0, s.drawRate())
+			s.armTimer(n)
+		}
 		if n.core == nil && !n.restarting {
 			s.restartAfter(n, time.Duration(s.rng.Int64N(int64(s.swarm.timeout))))
 		}
@@ -588,6 +600,7 @@ func (s *sim) handle(e simEvent) {
 
 // resume lets everything happen that waited for a paused node.
 func (s *sim) resume(n *simNode) {
+	s.wake(n)
 	n.pausedUntil = 0
 	waiting := n.deferred
 	n.deferred = nil
