@@ -307,7 +307,7 @@ func describeFailure(seed uint64, plan simPlan, res simResult) string {
 func TestSimShrinks(t *testing.T) {
 	// A crash at a boundary is named by how many events came before it, so that
 	// it is another one where anything else is left out; here is none.
-	plan := simPlan{tune: func(w *simSwarm) { w.spares, w.boundaryP, w.rounds = 0, 0, 1 }, check: func(s *sim) {
+	plan := simPlan{tune: func(w *simSwarm) { w.spares, w.boundaryP, w.rounds, w.lease = 0, 0, 1, 0 }, check: func(s *sim) {
 		cut := false
 		for i := range s.links {
 			cut = cut || s.links[i].cut
