@@ -86,6 +86,12 @@ func statusPage(t *testing.T, c *Cluster, web *client) {
 		web.must(t, 404, "GET", n.url()+"/nonsense", "")
 	}
 	web.must(t, 201, "PUT", c.Nodes()[0].url()+"/nodes/b/kv/page", "shown")
+	if r := web.must(t, 201, "POST", c.Nodes()[0].url()+"/nodes/b/kv/page/sum?add=1", ""); r.body != "1\n" {
+		t.Errorf("the page's addition is answered %q", r.body)
+	}
+	web.must(t, 200, "GET", c.Nodes()[0].url()+"/nodes/c/kv/page?consistency=lease", "")
+	web.must(t, 204, "DELETE", c.Nodes()[0].url()+"/nodes/c/kv/page/sum", "")
+	web.must(t, 400, "GET", c.Nodes()[0].url()+"/nodes/c/kv/?watch=1&after=x", "")
 	eventually(t, "the status to show one leader and the key", func() bool {
 		s, err := web.status(c.Nodes()[1].url())
 		if err != nil {
