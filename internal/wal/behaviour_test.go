@@ -19,7 +19,7 @@ func TestStall(t *testing.T) {
 		fs := newMem(1)
 		o := testOptions(fs, 1)
 		o.PrepareInline = false
-		o.MinSegmentBytes, o.MaxSegmentBytes = 64*blockSize, 64*blockSize
+		o.MinSegmentBytes, o.MaxSegmentBytes, o.ReserveBytes = 64*blockSize, 64*blockSize, -1
 		l, _ := mustOpen(t, o)
 		first := l.Append(numbered(0, 50))
 		release := make(chan struct{})
@@ -227,45 +227,6 @@ func TestDeterministic(t *testing.T) {
 	}
 	if first, second := run(), run(); first != second {
 		t.Fatal("two runs of one seed differ")
-	}
-}
-
-// TestDiskFull: with no space for the next segment, Flush fails with
-// ErrDiskFull, leaves no half-made file, and what was acknowledged stays.
-func TestDiskFull(t *testing.T) {
-	fs := newMem(1)
-	m := &model{o: testOptions(fs, 1)}
-	l, _ := mustOpen(t, m.o)
-	fs.SetCapacity(fs.Used() + 2*blockSize)
-	var err error
-	for n := 0; n < 100 && err == nil; n++ {
-		m.append(l, 100)
-		err = m.flush(l)
-		if perr := l.Prepare(); perr != nil && err == nil {
-			if !errors.Is(perr, ErrDiskFull) || !errors.Is(l.Status().PrepareErr, ErrDiskFull) {
-				t.Fatalf("Prepare on a full disk: %v", perr)
-			}
-			if l.Err() != nil {
-				t.Fatal("failing to prepare has failed the log before it was needed")
-			}
-		}
-	}
-	if !errors.Is(err, ErrDiskFull) || !errors.Is(err, ErrFailed) || m.acked == 0 {
-		t.Fatalf("Flush on a full disk, after %d records: %v", m.acked, err)
-	}
-	if err := l.Close(); !errors.Is(err, ErrDiskFull) {
-		t.Fatalf("Close: %v", err)
-	}
-	names, _ := fs.List(m.o.Dir)
-	if len(names) != 2 {
-		t.Fatalf("files left: %v", names)
-	}
-	if n := fs.OpenFiles(); n != 0 {
-		t.Fatalf("%d files are open", n)
-	}
-	fs.SetCapacity(0)
-	if _, _, err := m.open(fs); err != nil {
-		t.Fatal(err)
 	}
 }
 

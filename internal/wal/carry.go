@@ -54,3 +54,11 @@ func (c *carry) encode() (body []byte, heads uint32) {
 	}
 	return body, heads
 }
+
+// size is how long encode's body is, in bytes.
+func (c *carry) size() (n int64) {
+	for i := range c.latest {
+		n += recordHeadSize + int64(len(c.latest[i].Data))
+	}
+	return n
+}

@@ -11,7 +11,9 @@ var (
 	// acknowledged. The error wraps the cause too. The only way on is to close
 	// the log and open it again.
 	ErrFailed = errors.New("wal: the log has failed and accepts nothing more; close it, repair the disk, open it again")
-	// ErrDiskFull is matched if there was no space for the next segment.
+	// ErrDiskFull is matched if there was no space for the next segment. It is
+	// no failure: nothing was written, what was appended is still there, and
+	// Flush may be called again.
 	ErrDiskFull = errors.New("wal: no space for the next segment; free some space on this file system")
 	// ErrClosed is returned after Close.
 	ErrClosed = errors.New("wal: the log is closed")

@@ -140,6 +140,8 @@ func (l *Log) Status() Status {
 		Staged:     int(l.end - l.durable),
 		Durable:    LSN(l.durable),
 		Err:        l.err,
+		Room:       l.roomLocked(),
+		Full:       l.full,
 		PrepareErr: l.tendErr,
 	}
 	for _, seg := range l.segs {

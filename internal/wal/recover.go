@@ -73,7 +73,7 @@ func (l *Log) recover(ctx context.Context, replay func(LSN, Record) error) error
 	l.stage.start = r.pos
 	l.lastLSN = LSN(r.pos)
 	l.segs = r.segs
-	if err := l.adoptSpares(names); err != nil {
+	if err := errors.Join(l.adoptSpares(names), l.adoptReserve()); err != nil {
 		return err
 	}
 	// A process that was killed between renaming and syncing may have left a
@@ -85,6 +85,7 @@ func (l *Log) recover(ctx context.Context, replay func(LSN, Record) error) error
 	if err := l.resume(r); err != nil {
 		return fmt.Errorf("wal: make what was recovered durable: %w", err)
 	}
+	l.curFree, l.carried = l.cur.free(), l.carry.size()
 	return nil
 }
 
@@ -363,7 +364,7 @@ func (w *window) at(off, n int64) ([]byte, error) {
 // cache whose sync had failed.
 func (l *Log) resume(r *recovery) error {
 	if len(r.segs) == 0 {
-		seg, err := l.prepare(segmentHeader{number: 1}, 0, nil)
+		seg, err := l.prepare(segmentHeader{number: 1}, 0, false, nil)
 		if err != nil {
 			return err
 		}
@@ -377,7 +378,7 @@ func (l *Log) resume(r *recovery) error {
 		return l.copyLast(r)
 	}
 	if r.unused != nil {
-		l.next = r.unused
+		l.setNext(r.unused)
 		r.segs = r.segs[:r.end+1]
 	}
 	if r.have {
@@ -439,7 +440,7 @@ func (l *Log) copyLast(r *recovery) error {
 	l.last = h.prev
 	number := r.segs[r.end].header.number + 1
 	header := segmentHeader{number: number, recovered: true, follows: h.prev, followsIn: r.before}
-	seg, err := l.prepare(header, blocks(int64(len(block))), func(seg *segment) error {
+	seg, err := l.prepare(header, blocks(int64(len(block))), true, func(seg *segment) error {
 		if err := l.put(seg, block, copied); err != nil {
 			return err
 		}

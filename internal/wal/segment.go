@@ -54,53 +54,67 @@ func parseName(name, suffix string) (number uint64, ok bool) {
 func (l *Log) path(name string) string { return filepath.Join(l.o.Dir, name) }
 
 // roll makes the next segment current, with room for a batch of the given
-// space. A segment that holds nothing and is too small is replaced instead.
+// space. A segment that holds nothing and is too small is replaced instead,
+// unless the next one will do.
 func (l *Log) roll(space int64) error {
 	l.tendSem <- struct{}{}
 	defer func() { <-l.tendSem }()
-	old := l.cur
-	empty := old.off == blockSize
+	old, seg := l.cur, l.next
 	number := old.header.number + 1
-	if empty {
+	ready := seg != nil && seg.fits(space)
+	replace := old.off == blockSize && !(ready && old.fits(blocks(batchHeaderSize+l.carry.size())))
+	if replace {
 		number--
 	}
-	seg := l.next
-	if empty || seg == nil || seg.off+space+2*blockSize > seg.header.size {
+	if replace || !ready {
 		var err error
-		seg, err = l.prepare(segmentHeader{number: number}, space, nil)
+		seg, err = l.prepare(segmentHeader{number: number}, space, true, nil)
 		if err != nil {
-			return err
+			return err // nothing was written: if the disk is full, Flush may be called again
 		}
 	}
-	if !empty {
+	if !replace {
 		// The seal is synced before a byte of the next segment is written, and
 		// the next segment's name before the seal.
-		if err := l.seal(old, flagSeal|flagFinal); err != nil {
+		if err := l.leave(old); err != nil {
 			return errors.Join(err, seg.file.Close())
 		}
 		if l.next != nil && l.next != seg { // its name has gone to seg
 			_ = l.next.file.Close()
 		}
-		l.next = nil
+		l.setNext(nil)
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	seg.start = l.writing.start
-	if empty {
+	if replace {
 		l.segs[len(l.segs)-1] = seg
 		_ = old.file.Close() // without a name now, and never written
 	} else {
 		l.segs = append(l.segs, seg)
 	}
-	l.cur, l.half = seg, false
+	l.cur, l.half, l.curFree = seg, false, seg.free()
 	return nil
+}
+
+// leave ends a segment. Every segment begins with what is carried, also one that
+// was left because its first batch was too large for it: it may be the oldest
+// one some day.
+func (l *Log) leave(seg *segment) error {
+	if body, heads := l.carry.encode(); seg.off == blockSize && len(body) > 0 {
+		block := append(make([]byte, batchHeaderSize), body...)
+		if err := l.put(seg, block, batchHeader{carried: uint32(len(body)), carriedCRC: heads}); err != nil {
+			return err
+		}
+	}
+	return l.seal(seg, flagSeal|flagFinal)
 }
 
 // prepare makes a segment that is ready for its first batch, or takes the
 // place of the one with its number: filled, its header synced, then named, the
-// name synced. write, if given, adds batches before it gets its name. The
-// caller holds tendSem, or is alone.
-func (l *Log) prepare(h segmentHeader, space int64, write func(*segment) error) (*segment, error) {
+// name synced. write, if given, adds batches before it gets its name. If urgent,
+// it may be the reserve. The caller holds tendSem, or is alone.
+func (l *Log) prepare(h segmentHeader, space int64, urgent bool, write func(*segment) error) (*segment, error) {
 	if l.dirErr != nil {
 		return nil, l.dirErr
 	}
@@ -108,9 +122,12 @@ func (l *Log) prepare(h segmentHeader, space int64, write func(*segment) error) 
 	if h.recovered { // not a sign of growth
 		want = int64(l.o.MinSegmentBytes)
 	}
-	seg, err := l.filled(max(want, space+3*blockSize))
+	seg, err := l.filled(max(want, space+3*blockSize), space, urgent)
 	if err != nil {
-		return nil, l.fullOr(err)
+		if err = fullOr(err); errors.Is(err, ErrDiskFull) {
+			l.noteFull(err)
+		}
+		return nil, err
 	}
 	h.version, h.tag, h.size, h.salt = formatVersion, l.o.Tag, seg.header.size, l.o.Rand()
 	seg.header, seg.off = h, blockSize
@@ -122,7 +139,10 @@ func (l *Log) prepare(h segmentHeader, space int64, write func(*segment) error) 
 		err = seg.file.Sync()
 	}
 	if err != nil {
-		return nil, l.discard(seg, fmt.Errorf("prepare %s: %w", seg.name, err))
+		if err = fullOr(l.discard(seg, fmt.Errorf("prepare %s: %w", seg.name, err))); errors.Is(err, ErrDiskFull) {
+			l.noteFull(err)
+		}
+		return nil, err
 	}
 	name := fileName(h.number, segmentSuffix)
 	if err := l.o.FS.Rename(l.path(seg.name), l.path(name)); err != nil {
@@ -144,13 +164,6 @@ func (l *Log) discard(seg *segment, why error) error {
 	return why
 }
 
-func (l *Log) fullOr(err error) error {
-	if vfs.IsNoSpace(err) {
-		return fmt.Errorf("%w: %w", ErrDiskFull, err)
-	}
-	return err
-}
-
 // wantSize is how long the next segment should be, in bytes.
 func (l *Log) wantSize() int64 {
 	l.mu.Lock()
@@ -162,16 +175,8 @@ func (l *Log) wantSize() int64 {
 	return min(max(size, int64(l.o.MinSegmentBytes)), int64(l.o.MaxSegmentBytes))
 }
 
-// filled returns a file under a spare name, all of it written and synced: a
-// recycled one, or a new one full of zeros, of at least the given size.
-func (l *Log) filled(size int64) (*segment, error) {
-	for i, seg := range l.spares {
-		if seg.header.size >= size {
-			l.spares = append(l.spares[:i:i], l.spares[i+1:]...)
-			l.noteSpares()
-			return seg, nil
-		}
-	}
+// newFile returns a new file under a spare name, full of zeros and synced.
+func (l *Log) newFile(size int64) (*segment, error) {
 	l.spareID++
 	name := fileName(l.spareID, spareSuffix)
 	f, err := l.o.FS.Create(l.path(name))
@@ -238,50 +243,13 @@ func (l *Log) wakeTend() {
 	}
 }
 
-// runTend is the log's one goroutine. Open starts it, Close ends it.
-func (l *Log) runTend() {
-	defer l.wg.Done()
-	for {
-		select {
-		case <-l.quit:
-			return
-		case <-l.kick:
-			_ = l.Prepare() // Status reports it, and a writer that needs the segment
-		}
-	}
-}
-
-// Prepare reclaims what has been released, and prepares the next segment if
-// the current one is more than half full. With Options.PrepareInline the
-// caller calls it, best after each Flush and Release; otherwise the log does.
-func (l *Log) Prepare() error {
-	l.tendSem <- struct{}{}
-	defer func() { <-l.tendSem }()
-	l.mu.Lock()
-	err := l.err
-	number := l.segs[len(l.segs)-1].header.number + 1
-	want := l.half && l.next == nil
-	l.mu.Unlock()
-	if err != nil {
-		return err
-	}
-	err = l.reclaim()
-	if err == nil && want {
-		l.next, err = l.prepare(segmentHeader{number: number}, 0, nil)
-	}
-	l.mu.Lock()
-	l.tendErr = err
-	l.mu.Unlock()
-	return err
-}
-
 // reclaim recycles or removes released segments, the oldest first, each
 // durably before the next: a gap in the numbers is taken for a lost file.
-func (l *Log) reclaim() error {
-	for l.dirErr == nil {
+func (l *Log) reclaim() (n int, err error) {
+	for ; l.dirErr == nil; n++ {
 		seg := l.takeReleased()
 		if seg == nil {
-			return nil
+			return n, nil
 		}
 		var err error
 		if len(l.spares) < l.o.MaxSpares && l.recyclable(seg) {
@@ -303,7 +271,7 @@ func (l *Log) reclaim() error {
 			l.dirErr = fmt.Errorf("reclaim %s: %w", seg.name, err)
 		}
 	}
-	return l.dirErr
+	return n, l.dirErr
 }
 
 // takeReleased takes the oldest segment from the list if it can go.

@@ -62,6 +62,13 @@ type Options struct {
 	// Rand is the source of salts; crypto/rand if nil. It may be called by
 	// several goroutines, one at a time.
 	Rand func() uint64
+	// ReserveBytes is the size of the file that keeps small records writable on a
+	// full disk: MinSegmentBytes if zero; no reserve if negative.
+	ReserveBytes int
+	// OnSpace, if given, is called when the disk has become full, when it has
+	// space again, and when there is more room than before. It must neither block
+	// nor call the log.
+	OnSpace func()
 	// PrepareInline is for deterministic callers: no goroutine is started, and
 	// segments are prepared and reclaimed in Prepare, or where they are missed.
 	PrepareInline bool
@@ -90,6 +97,12 @@ type Log struct {
 	half    bool       // the current segment is more than half full
 	spareN  int        // len(spares), for Status
 	tendErr error      // the last error of preparing or reclaiming
+	full    error      // why no segment could be prepared, if that was lack of space
+	wanted  int64      // bytes of records that somebody wants room for
+
+	// What the next batch may take in the current segment, and in the next one
+	// (0: there is none), and the size of what is carried there.
+	curFree, nextFree, carried int64
 
 	cur      *segment
 	last     link // the last batch
@@ -101,6 +114,7 @@ type Log struct {
 	next    *segment      // prepared ahead, or nil
 	spares  []*segment    // files to recycle, under spare names
 	spareID uint64        // for names of spares
+	reserve *segment      // becomes a segment when no other can be had, or nil
 	dirErr  error         // a failure after which the directory's state is unknown
 
 	kick, quit chan struct{}
@@ -149,6 +163,12 @@ func (o *Options) defaults() error {
 	}
 	if o.MaxSpares == 0 {
 		o.MaxSpares = 4
+	}
+	if o.ReserveBytes == 0 {
+		o.ReserveBytes = o.MinSegmentBytes
+	}
+	if o.ReserveBytes > 0 && (o.ReserveBytes < 4*blockSize || o.ReserveBytes%blockSize != 0) {
+		return fmt.Errorf("wal: ReserveBytes %d: it must be a multiple of %d and at least %d", o.ReserveBytes, blockSize, 4*blockSize)
 	}
 	if o.Rand == nil {
 		o.Rand = func() uint64 {
@@ -247,7 +267,9 @@ func grow(b []byte, n int) []byte {
 
 // Flush returns when everything appended before the call is durable. Callers
 // that come while one writes wait for it and are then served together. After a
-// failed write or sync every call returns an error that matches ErrFailed.
+// failed write or sync every call returns an error that matches ErrFailed. One
+// that matches ErrDiskFull and not ErrFailed says that nothing was written, and
+// that what was appended is kept: the call may be repeated.
 func (l *Log) Flush() error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -256,13 +278,15 @@ func (l *Log) Flush() error {
 			l.cond.Wait()
 			continue
 		}
-		l.flushLocked()
+		if err := l.flushLocked(); errors.Is(err, ErrDiskFull) {
+			return err
+		}
 	}
 	return l.err
 }
 
 // flushLocked writes what is staged. mu is released meanwhile.
-func (l *Log) flushLocked() {
+func (l *Log) flushLocked() error {
 	b := l.stage
 	l.stage, l.free, l.writing = l.free, nil, b
 	l.stage.start = l.end
@@ -271,9 +295,24 @@ func (l *Log) flushLocked() {
 		l.durable = b.start + uint64(len(b.records()))
 		seg.batches = append(seg.batches, batchPlace{pos: b.start, off: at})
 	}
+	if errors.Is(err, ErrDiskFull) {
+		b, l.stage = l.stage, b.join(l.stage)
+	}
 	b.reset()
 	l.writing, l.free = nil, b
 	l.cond.Broadcast()
+	return err
+}
+
+// join adds the records of the buffer that follows.
+func (b *buffer) join(later *buffer) *buffer {
+	_ = eachRecord(later.records(), func(at int, _ Record) error {
+		b.heads = checksum(b.heads, later.records()[at:at+recordHeadSize])
+		return nil
+	})
+	b.b = append(b.b, later.records()...)
+	b.carries = b.carries || later.carries
+	return b
 }
 
 // exclusive runs f, which does I/O, without mu but as the only writer. It is
@@ -286,10 +325,11 @@ func (l *Log) exclusive(f func() (*segment, int64, error)) (seg *segment, at int
 	defer func() {
 		l.mu.Lock()
 		l.busy = false
-		if err != nil {
-			l.fail(err)
-		} else {
+		switch {
+		case err == nil:
 			l.wrote(seg)
+		case !errors.Is(err, ErrDiskFull): // which says that nothing was written
+			l.fail(err)
 		}
 		l.cond.Broadcast()
 	}()
@@ -301,6 +341,7 @@ var errPanic = errors.New("a write panicked")
 // wrote notes that a batch in a segment is durable. mu is held.
 func (l *Log) wrote(seg *segment) {
 	seg.used = seg.used || seg.off > blockSize
+	l.curFree, l.carried = seg.free(), l.carry.size()
 	half := seg.off > seg.header.size/2
 	if half && !l.half || l.releasableLocked() {
 		l.wakeTend()
@@ -436,6 +477,7 @@ func (l *Log) Close() error {
 		l.err = ErrClosed
 	}
 	close(l.quit)
+	l.cond.Broadcast() // nobody claims room any more
 	for l.busy || l.pinned() {
 		l.cond.Wait()
 	}
@@ -461,14 +503,16 @@ func (l *Log) closeFiles() error {
 	l.tendSem <- struct{}{} // an inline Prepare may be at work
 	defer func() { <-l.tendSem }()
 	all := append(append([]*segment(nil), l.segs...), l.spares...)
-	if l.next != nil {
-		all = append(all, l.next)
+	for _, seg := range []*segment{l.next, l.reserve} {
+		if seg != nil {
+			all = append(all, seg)
+		}
 	}
 	var errs []error
 	for _, seg := range all {
 		errs = append(errs, seg.file.Close())
 	}
-	l.next, l.spares = nil, nil
+	l.next, l.reserve, l.spares = nil, nil, nil
 	return errors.Join(append(errs, l.lock.Close())...)
 }
 
@@ -481,5 +525,7 @@ type Status struct {
 	Oldest     LSN   // records below it cannot be read any more
 	Durable    LSN
 	Err        error // why nothing more is accepted
+	Room       int64 // see Log.Room
+	Full       error // why no segment could be prepared, if that was lack of space
 	PrepareErr error // why the next segment could not be prepared, or an old one reclaimed
 }
