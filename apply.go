@@ -21,6 +21,7 @@ type applier struct {
 	ctx     context.Context // ends with the node
 	read    []Entries       // taken from the log, not yet applied
 
+	retry    <-chan time.Time // a snapshot that failed is due again; nil: none is
 	policy   snapshotPolicy
 	lastTime time.Time     // of the newest entry applied
 	config   configAt      // the newest applied
@@ -63,6 +64,8 @@ func (a *applier) run() {
 		if !ok {
 			select {
 			case <-cm.applyWake:
+			case <-a.retry:
+				a.retry = nil
 			case <-cm.done:
 				return
 			}

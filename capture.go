@@ -17,9 +17,12 @@ import (
 
 // captures is what the module knows of snapshots being taken. Guarded by cm.mu.
 type captures struct {
-	running bool         // one is being taken
-	again   bool         // the newest one is damaged: another is due
-	waiting []chan error // TakeSnapshot calls that the next one answers
+	running  bool          // one is being taken
+	again    bool          // the newest one is damaged, or the last attempt failed: another is due
+	forSpace bool          // the disk is full: one would let the log go
+	waiting  []chan error  // TakeSnapshot calls that the next one answers
+	pause    time.Duration // after the last failure
+	retryAt  time.Time     // not before, unless somebody asks for one
 }
 
 // snapshotPolicy says when a snapshot is due, and from where on the log stays.
@@ -103,7 +106,14 @@ func (s *Server) TakeSnapshot(ctx context.Context) error {
 func (a *applier) capture() {
 	cm := a.cm
 	cm.mu.Lock()
-	if cm.captures.running || cm.core.role == Dead || len(cm.captures.waiting) == 0 && !cm.captures.again && !a.policy.due() {
+	due := cm.captures.again || a.policy.due() || cm.captures.forSpace && a.policy.bytes > a.policy.sinceBytes
+	if wait := time.Until(cm.captures.retryAt); due && wait > 0 {
+		due = false
+		if a.retry == nil {
+			a.retry = time.After(wait)
+		}
+	}
+	if cm.captures.running || cm.core.role == Dead || len(cm.captures.waiting) == 0 && !due {
 		cm.unlock()
 		return
 	}
@@ -111,7 +121,7 @@ func (a *applier) capture() {
 	cm.captures.waiting = nil
 	meta := SnapshotMeta{Last: EntryID{cm.pending.applied, cm.pending.term}, Time: a.lastTime, ConfigIndex: a.config.index, Config: a.config.data}
 	news := meta.Last.Index > cm.core.newestSnapshot.Index || cm.captures.again
-	cm.captures.again = false
+	cm.captures.again, cm.captures.forSpace = false, false
 	cm.captures.running = news
 	cm.unlock()
 	if !news {
@@ -229,6 +239,7 @@ func (a *applier) captured(meta SnapshotMeta, upTo Index, err error, waiting []c
 	cm := a.cm
 	cm.mu.Lock()
 	cm.captures.running = false
+	cm.captures.failed(err)
 	cm.transition(func(c *core) {
 		switch {
 		case err == nil:
@@ -240,6 +251,20 @@ func (a *applier) captured(meta SnapshotMeta, upTo Index, err error, waiting []c
 	cm.unlock()
 	answerAll(waiting, err)
 	wake(cm.applyWake) // another may be asked for
+}
+
+// Pauses before a snapshot that failed is tried again.
+const firstCapturePause, lastCapturePause = time.Second, time.Minute
+
+// failed takes note of how the last attempt ended.
+func (p *captures) failed(err error) {
+	if err == nil {
+		p.pause, p.retryAt = 0, time.Time{}
+		return
+	}
+	p.again = true
+	p.pause = min(max(2*p.pause, firstCapturePause), lastCapturePause)
+	p.retryAt = time.Now().Add(p.pause)
 }
 
 func answerAll(waiting []chan error, err error) {

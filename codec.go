@@ -850,14 +850,14 @@ func (a *appendArgs) decode(b []byte) error {
 
 func (v *appendReply) encode(b []byte) []byte {
 	b = appendUint64s(b, uint64(v.Term), uint64(v.Hint.Index), uint64(v.Hint.Term), uint64(v.Wanted))
-	return append(b, flag(v.Success, 1)|flag(v.Promised, 2))
+	return append(b, flag(v.Success, 1)|flag(v.Promised, 2)|flag(v.Full, 4)|flag(v.NoRoom, 8))
 }
 
 func (v *appendReply) decode(b []byte) error {
 	r := reader{b: b}
 	v.Term, v.Hint, v.Wanted = Term(r.uint64()), r.entryID(), Index(r.uint64())
-	f := r.flags(3)
-	v.Success, v.Promised = f&1 != 0, f&2 != 0
+	f := r.flags(15)
+	v.Success, v.Promised, v.Full, v.NoRoom = f&1 != 0, f&2 != 0, f&4 != 0, f&8 != 0
 	return r.finish()
 }
 

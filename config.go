@@ -126,7 +126,7 @@ type Config struct {
 
 	MaxCommandBytes     int // of one command; default 1 MiB, at most 64 MiB
 	MaxQueueBytes       int // of proposals that wait to be appended or forwarded; default 64 MiB
-	MaxUncommittedBytes int // of entries that a leader has appended and not committed; default 64 MiB
+	MaxUncommittedBytes int // of entries that a leader has appended and that are not committed, or not on its own disk; default 64 MiB
 	MaxFrameBytes       int // of entries in one append, unless a single one is larger; default 1 MiB
 	MaxInflightAppends  int // unanswered appends to one follower; default 16
 	MaxInflightBytes    int // bytes in them; default 8 MiB

@@ -45,6 +45,9 @@ type core struct {
 	promisedTo       memberID      // the leader that has this server's promise; zero: one before a restart
 	promisedUntil    time.Time     // nobody else gets a vote before
 	longestPromise   time.Duration // ever made, runs before this one included; persistent
+	full             error         // the disk is full: the log can't grow. Vote and replicate what there is room for, but do not lead
+	room             int64         // bytes of records that the disk surely has space for; set before entries of a leader are taken
+	lacksRoom        bool          // it is full, and had none for the newest entries that came
 	unsyncedSince    time.Time     // the disk has confirmed nothing since, and has something to confirm
 	applyingSince    time.Time     // the state machine has been at work since
 	failure          error         // why the role is Dead
@@ -61,6 +64,7 @@ type core struct {
 	matchesScratch  []Index
 	contactsScratch []time.Time
 	promisedScratch []memberID
+	spaceScratch    []memberID
 
 	beatAt     time.Time // of the last heartbeat
 	graceUntil time.Time // after a stall, a quorum is not missed before; zero once one is heard
@@ -142,6 +146,7 @@ func newCore(self memberID, l limits, rec Recovered, conf configuration, rng *ra
 		configuration: conf,
 		hardSaved:     rec.HardState,
 		durableIndex:  rec.Last,
+		room:          noLimit,
 	}
 	if p := rec.HardState.LeasePromise; p > 0 {
 		// Nobody knows how much of the last one is left, nor whose it was.

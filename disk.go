@@ -13,6 +13,7 @@ import (
 	"slices"
 	"sort"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"example.com/raft/internal/snap"
@@ -42,6 +43,7 @@ type diskStorage struct {
 	lock      io.Closer
 	log       *wal.Log
 	snapshots snapshotStore
+	onSpace   atomic.Pointer[func()]
 
 	// copying is held while staged saves are copied into the log's buffer, so
 	// that they get there in order. It is locked before mu.
@@ -49,7 +51,9 @@ type diskStorage struct {
 
 	mu      sync.Mutex
 	staged  []Save
-	taken   LSN // the newest save in the log's buffer
+	bytes   int64   // of what is staged, as saveBytes counts
+	taken   LSN     // the newest save in the log's buffer
+	release wal.LSN // before this position the log is not needed, once taken is durable
 	spans   []entrySpan
 	configs configList
 	start   EntryID
@@ -148,6 +152,7 @@ func (d *diskStorage) takeLock() (err error) {
 func (d *diskStorage) openLog(ctx context.Context, dirID [16]byte, replay func(wal.LSN, wal.Record) error) (err error) {
 	d.options.Tag = dirID
 	d.options.Carry = []byte{recordHardState, recordStart, recordBoot, recordHistory}
+	d.options.OnSpace = d.spaceChanged
 	d.log, err = wal.Open(ctx, d.options, replay)
 	return err
 }
@@ -274,11 +279,56 @@ func (d *diskStorage) Append(s Save) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.staged = append(d.staged, s)
+	d.bytes += bytesOf(&s)
+}
+
+// bytesOf is what a save takes in the log.
+func bytesOf(s *Save) (n int64) {
+	if s.HardState != nil {
+		n += saveOverhead + 24
+	}
+	for _, e := range s.Entries {
+		n += saveBytes(e)
+	}
+	return n
+}
+
+// Room, Want, Claim and OnSpace implement spacious.
+func (d *diskStorage) Room() (bytes int64, full error) {
+	staged := d.uncopied() // asked first: what is copied meanwhile is counted twice, and not left out
+	bytes, full = d.log.Room()
+	if full != nil {
+		full = fmt.Errorf("%w: %w", ErrDiskFull, full)
+	}
+	return max(0, bytes-staged), full
+}
+
+func (d *diskStorage) uncopied() int64 {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.bytes
+}
+
+func (d *diskStorage) Want(n int64) { d.log.Want(n + d.uncopied()) }
+
+// The error of Claim is left to Room, and to the write.
+func (d *diskStorage) Claim(n int64) { _ = d.log.Claim(n + d.uncopied()) }
+
+func (d *diskStorage) OnSpace(f func()) { d.onSpace.Store(&f) }
+
+func (d *diskStorage) spaceChanged() {
+	if f := d.onSpace.Load(); f != nil {
+		(*f)()
+	}
 }
 
 func (d *diskStorage) Flush() (LSN, error) {
 	lsn, release := d.stage()
-	if err := d.log.Flush(); err != nil {
+	err := d.log.Flush()
+	if errors.Is(err, wal.ErrDiskFull) && !errors.Is(err, wal.ErrFailed) {
+		return 0, fmt.Errorf("%w: %w", ErrDiskFull, err)
+	}
+	if err != nil {
 		return 0, fmt.Errorf("raft: the log can't be written any more, so this node stops; check the disk of %s: %w", d.dir, err)
 	}
 	if release > 0 {
@@ -293,7 +343,7 @@ func (d *diskStorage) stage() (lsn LSN, release wal.LSN) {
 	d.copying.Lock()
 	defer d.copying.Unlock()
 	d.mu.Lock()
-	saves := d.staged
+	saves, bytes := d.staged, d.bytes
 	d.staged = nil
 	d.mu.Unlock()
 	for i := range saves {
@@ -301,7 +351,9 @@ func (d *diskStorage) stage() (lsn LSN, release wal.LSN) {
 	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	return d.taken, release
+	d.bytes -= bytes
+	d.release = max(d.release, release)
+	return d.taken, d.release
 }
 
 // encode leaves out a promise that was never made, so that a release which knows

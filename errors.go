@@ -13,6 +13,10 @@ var (
 	ErrNoLeader = errors.New("raft: no leader: the cluster has none, or this node can't reach it")
 	// ErrOverloaded: a queue is full. Propose less, or later.
 	ErrOverloaded = errors.New("raft: overloaded: the proposal queue is full, try again later")
+	// ErrDiskFull: the disk of this node or of the leader is full, or the disks of
+	// so many others that nothing could be committed. Free some space there: the
+	// cluster then goes on by itself. Status tells which nodes are meant.
+	ErrDiskFull = errors.New("raft: disk full: this node, the leader or a majority has no space for more entries; free some, nothing needs to be restarted")
 	// ErrStopped: the node is closed, or failed; Server.Err says why.
 	ErrStopped = errors.New("raft: node is stopped")
 	// ErrCommandSize: the command is empty or larger than Config.MaxCommandBytes.
@@ -306,12 +310,14 @@ const (
 	TransferNotLeader TransferReason = iota + 1
 	// TransferPending: another transfer is on.
 	TransferPending
-	// TransferNobody: no other voter answers.
+	// TransferNobody: no other voter answers, or only some whose disks are full.
 	TransferNobody
 	// TransferNotVoter: the node is a learner, is leaving, or is no member.
 	TransferNotVoter
 	// TransferUnreachable: the node has not answered for an election timeout.
 	TransferUnreachable
+	// TransferDiskFull: the node's disk is full.
+	TransferDiskFull
 	// TransferTimeout: the node did not take over within an election timeout; the old leader goes on.
 	TransferTimeout
 )
@@ -319,9 +325,10 @@ const (
 var transferReasons = [...]string{
 	TransferNotLeader:   "this node does not lead; ask the leader",
 	TransferPending:     "another transfer is on; wait for it",
-	TransferNobody:      "no other voter answers",
+	TransferNobody:      "no other voter answers and has space on its disk",
 	TransferNotVoter:    "the node is not a voter; Status lists them",
 	TransferUnreachable: "the node does not answer; choose another",
+	TransferDiskFull:    "the node's disk is full; choose another, or free some space there",
 	TransferTimeout:     "the node did not take over in time; this one still leads, try again",
 }
 

@@ -59,6 +59,8 @@ const (
 	EventSnapshotInstalled                      // another node's, up to Index, has replaced the log
 	EventLeaderLeft                             // Peer, the leader, has closed its connections
 	EventHistory                                // Detail: what was done to the data directory, as HistoryRecord says it
+	EventDiskFull                               // there is no space for the log to grow; Err
+	EventDiskSpace                              // there is space again
 )
 
 // Reason says why a node's role changed.
@@ -186,6 +188,10 @@ func (e Event) String() string {
 		return fmt.Sprintf("sees that %s, the leader, has closed its connections, term=%d", e.Peer, e.Term)
 	case EventHistory:
 		return "runs on a data directory that " + e.Detail
+	case EventDiskFull:
+		return fmt.Sprintf("has a full disk: %v", e.Err)
+	case EventDiskSpace:
+		return "has space on its disk again"
 	case EventTransfer:
 		return fmt.Sprintf("hands leadership to %s, term=%d", e.Peer, e.Term)
 	}

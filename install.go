@@ -89,7 +89,9 @@ type snapshotSender struct {
 // run sends until the follower has everything, or nothing more can come of it.
 func (o *snapshotSender) run() error {
 	s := o.server
+	pause := s.conf.HeartbeatInterval
 	for {
+		before := o.progress
 		done, err := o.connection()
 		switch {
 		case done || o.pointless(err):
@@ -98,7 +100,10 @@ func (o *snapshotSender) run() error {
 			return err
 		}
 		s.report(s.label(o.request.to), "sending a snapshot", err)
-		s.pause(s.conf.HeartbeatInterval)
+		if pause = min(2*pause, s.conf.ElectionTimeout); o.progress.After(before) {
+			pause = s.conf.HeartbeatInterval
+		}
+		s.pause(pause)
 	}
 }
 

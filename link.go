@@ -348,6 +348,8 @@ func (s *Server) forwardAnswered(from memberID, b proposalBatch, r *forwardReply
 	case r.Refusal == forwardAccepted:
 		cm.core.want(r.First.Index + Index(len(b.proposals)) - 1)
 		settle(cm.pending.add(r.First, b.proposals))
+	case r.Refusal == forwardDiskFull:
+		b.finish(ErrDiskFull)
 	case r.Refusal == forwardOverloaded:
 		b.finish(ErrOverloaded)
 	case r.Refusal == forwardSize:

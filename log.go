@@ -21,6 +21,14 @@ type raftLog struct {
 	savedStart EntryID // and this start
 }
 
+// saveBytes is what a run of entries takes in a save.
+func saveBytes(e Entries) int64 { return int64(e.size()) + saveOverhead }
+
+const (
+	saveOverhead = 16      // the head of a record
+	noLimit      = 1 << 62 // of bytes of saves
+)
+
 func newRaftLog(start EntryID, last Index, runs []EntryID, tail []Entries) raftLog {
 	l := raftLog{start: start, last: last, runs: runs, tail: tail, saved: last, savedStart: start}
 	for _, e := range tail {

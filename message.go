@@ -68,6 +68,8 @@ type appendReply struct {
 	Hint     EntryID // after a refusal: the follower's newest entry that may match
 	Wanted   Index   // somebody on the follower waits to see this entry applied
 	Promised bool    // what Lease asked for
+	Full     bool    // the follower's disk is full
+	NoRoom   bool    // that, or a segment that is not ready yet, is why it refuses the entries
 
 	directory [16]byte // whose connection it came on, as the handshake said; not sent
 }
@@ -96,6 +98,8 @@ const (
 	forwardOverloaded forwardRefusal = 2
 	forwardStopped    forwardRefusal = 3
 	forwardSize       forwardRefusal = 4 // a command is larger than the leader's limit
+	forwardDiskFull   forwardRefusal = 5
+	forwardBusy       forwardRefusal = 6 // the leader can append nothing now; it may a moment later
 )
 
 // message is a request or a reply on its way out of the core. It may leave

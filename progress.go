@@ -26,6 +26,8 @@ type progress struct {
 	inflightBytes              int
 	epoch                      uint64 // answers to appends with a lower Seq are of a window given up
 	reading                    bool   // entries for it are being read from disk
+	full                       bool   // its disk is full
+	held                       bool   // it had no room for what it was sent: nothing is sent before it says that it has space
 	paused                     bool   // its connection broke: nothing is sent before the next sign of life or heartbeat
 	snapshotSent, snapshotSize uint64 // bytes, while snapshotting
 	snapshot                   Index  // while snapshotting: the log above it is kept
@@ -38,6 +40,9 @@ type progress struct {
 	wanted       Index     // it waits to see this entry committed
 	commitSent   Index     // the highest commit index it was told
 }
+
+// noteSpace takes note of what an answer says of the follower's disk.
+func (p *progress) noteSpace(full bool) { p.full, p.held = full, p.held && full }
 
 type sentAppend struct {
 	seq   uint64

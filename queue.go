@@ -87,6 +87,16 @@ func (q *proposalQueue) add(kind entryKind, head, cmd []byte, p *Proposal) error
 	return nil
 }
 
+// next returns the size of the oldest proposal, encoded, 0 if there is none.
+func (q *proposalQueue) next() int {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if len(q.batch.proposals) == 0 {
+		return 0
+	}
+	return q.batch.entries.end(0)
+}
+
 // take removes what is queued and was not abandoned: the oldest proposals, up to
 // maxBytes encoded but at least one.
 func (q *proposalQueue) take(maxBytes int) proposalBatch {

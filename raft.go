@@ -2,6 +2,7 @@ package raft
 
 import (
 	"context"
+	"errors"
 	"math"
 	"math/rand/v2"
 	"sync"
@@ -40,6 +41,7 @@ type Result struct {
 // Everything below mu is guarded by it; it is held to compute, never across a wait.
 type ConsensusModule struct {
 	storage   Storage
+	space     spacious // storage, nil if its space does not run out
 	queue     proposalQueue
 	events    *eventLog
 	transport transport
@@ -58,6 +60,7 @@ type ConsensusModule struct {
 	changed       chan struct{} // closed and renewed when stateSeen changes
 	leadership    leadership
 	released      []message  // scratch
+	starved       bool       // proposals wait for the disk to make room
 	flushesItself bool       // whoever steps now flushes next: the flusher may sleep on
 	sleptFor      sleepClock // nil where no lease is asked for
 
@@ -108,6 +111,7 @@ func newConsensusModule(s Storage, c *core, conf *Config, events *eventLog) *Con
 	}
 	cm.queue.maxBytes = conf.MaxQueueBytes
 	cm.pending.maxKept = conf.MaxQueueBytes
+	cm.space, _ = s.(spacious)
 	cm.pending.applied, cm.pending.term = c.newestSnapshot.Index, c.newestSnapshot.Term
 	_, cm.onDisk = conf.StateMachine.(OnDisk)
 	cm.leadership.changed = make(chan struct{})
@@ -229,20 +233,63 @@ func (cm *ConsensusModule) takeProposals() {
 	c := cm.core
 	threshold := cm.threshold()
 	if n := cm.queue.bytes.Load(); n > 0 && n >= threshold {
-		limit := math.MaxInt
-		if c.role != Leader {
-			limit = c.limits.maxFrameBytes // heartbeats must not queue behind a large forward
+		limit := c.limits.maxFrameBytes // heartbeats must not queue behind a large forward
+		if c.role == Leader {
+			limit = cm.roomFor(cm.queue.next())
+		}
+		if limit == 0 {
+			return
 		}
 		b := cm.queue.take(limit)
 		switch {
 		case len(b.proposals) == 0: // all were given up
-		case c.role == Leader:
-			first, _ := c.propose(&b.entries)
-			settle(cm.pending.add(first, b.proposals))
-		default:
+		case c.outOfSpace():
+			b.finish(ErrDiskFull)
+		case c.role != Leader:
 			cm.pending.forwardBegins()
 			cm.transport.forward(c.forwardTo, b)
+		default:
+			first, _ := c.propose(&b.entries)
+			settle(cm.pending.add(first, b.proposals))
 		}
+	}
+}
+
+// room returns how many bytes of entries the disk has space for.
+func (cm *ConsensusModule) room() int64 {
+	if cm.space == nil {
+		return noLimit
+	}
+	n, _ := cm.space.Room()
+	return n
+}
+
+// roomFor returns how many bytes of proposals a leader may take, of which the
+// first has n: 0 if the disk has no space for that one yet. It is asked for some
+// then, and proposals wait.
+func (cm *ConsensusModule) roomFor(n int) int {
+	room := cm.room() - saveOverhead
+	if room < int64(n) && !cm.core.outOfSpace() {
+		cm.starved = true
+		cm.space.Want(int64(n) + saveOverhead)
+		return 0
+	}
+	return int(min(max(room, int64(n)), math.MaxInt32))
+}
+
+// noteSpace tells the core whether the disk is full, and proposals that waited
+// for it to make room that there may be some. mu is held.
+func (cm *ConsensusModule) noteSpace() {
+	if cm.space == nil {
+		return
+	}
+	if _, full := cm.space.Room(); cm.starved || (full == nil) != (cm.core.full == nil) {
+		if (full == nil) != (cm.core.full == nil) {
+			cm.captures.forSpace, cm.captures.retryAt = full != nil, time.Time{}
+			wake(cm.applyWake)
+		}
+		cm.starved = false
+		cm.transition(func(c *core) { c.diskSpace(full) })
 	}
 }
 
@@ -252,7 +299,9 @@ func (cm *ConsensusModule) takeProposals() {
 func (cm *ConsensusModule) threshold() int64 {
 	c := cm.core
 	switch {
-	case c.role == Leader && !c.hasRoom():
+	case c.outOfSpace():
+		return takeNow // to refuse them
+	case c.role == Leader && (cm.starved || !c.hasRoom()):
 		return takeNever
 	case c.role == Leader && c.lsn == c.durableLSN:
 		return takeNow
@@ -378,12 +427,19 @@ func (cm *ConsensusModule) fail(err error) {
 }
 
 // flush makes everything staged durable and steps with the position reached.
-// A failure is final: the node stops acknowledging at once.
+// A failure is final: the node stops acknowledging at once. Only on a full disk
+// what is staged stays so, and the flusher tries again when there is space.
 func (cm *ConsensusModule) flush() error {
 	began := time.Now()
 	cm.flushing.Add(1)
 	lsn, err := cm.storage.Flush()
 	cm.flushing.Add(-1)
+	if errors.Is(err, ErrDiskFull) {
+		cm.mu.Lock()
+		cm.noteSpace()
+		cm.unlock()
+		return err
+	}
 	if err != nil {
 		cm.fail(err)
 		return err
@@ -423,10 +479,13 @@ func (cm *ConsensusModule) runFlusher() {
 		select {
 		case <-cm.flushWake:
 			cm.mu.Lock()
+			cm.noteSpace()
 			staged := cm.core.lsn > cm.core.durableLSN
-			cm.mu.Unlock()
-			if staged && cm.flush() != nil {
-				<-cm.done
+			cm.unlock()
+			if staged {
+				if err := cm.flush(); err != nil && !errors.Is(err, ErrDiskFull) {
+					<-cm.done
+				}
 			}
 		case <-cm.sealTimer.C:
 			cm.seal()

@@ -34,13 +34,16 @@ func (c *core) propose(b *entryBuilder) (EntryID, bool) {
 	return first, true
 }
 
-// hasRoom tells whether a leader may append more: what is not committed is bounded.
+// hasRoom tells whether a leader may append more: what is not committed, and
+// what is not on its own disk, is bounded.
 func (c *core) hasRoom() bool {
-	return c.transfer.to == 0 && c.uncommittedBytes() < c.limits.maxUncommittedSize
+	return c.transfer.to == 0 && c.unsettledBytes() < c.limits.maxUncommittedSize
 }
 
-func (c *core) uncommittedBytes() (n int) {
-	for i := len(c.log.tail) - 1; i >= 0 && c.log.tail[i].Last() > c.commitIndex; i-- {
+// unsettledBytes are those of entries that are not committed, or not durable here.
+func (c *core) unsettledBytes() (n int) {
+	settled := min(c.commitIndex, c.durableIndex)
+	for i := len(c.log.tail) - 1; i >= 0 && c.log.tail[i].Last() > settled; i-- {
 		n += c.log.tail[i].size()
 	}
 	return n
@@ -97,7 +100,7 @@ func (c *core) sendAppends() {
 // sendTo sends a follower whatever its window allows.
 func (c *core) sendTo(p *progress) {
 	for p.next <= c.log.last {
-		if p.paused || p.reading || p.state == snapshotting || p.state == probing && len(p.inflight) > 0 {
+		if p.paused || p.held || p.reading || p.state == snapshotting || p.state == probing && len(p.inflight) > 0 {
 			return
 		}
 		if p.next <= c.log.start.Index {
@@ -183,24 +186,31 @@ func (c *core) onAppendRequest(a *appendArgs, token any) {
 		}
 		c.follow(a.Term, a.Leader)
 		r.Promised = c.promise(a)
-		r.Success, r.Hint = c.acceptEntries(a)
+		r.Success, r.NoRoom, r.Hint = c.acceptEntries(a)
 		if r.Success && !a.Heartbeat {
 			m.match = a.lastIndex()
 		}
 	}
-	r.Term, r.Wanted = c.currentTerm, c.wanted
+	r.Term, r.Wanted, r.Full = c.currentTerm, c.wanted, c.full != nil
 	c.send(m)
 	if a.Campaign && r.Success && c.configuration.voter(c.self) && c.fit() {
 		c.becomeCandidate(ReasonTransfer)
 	}
 }
 
-// acceptEntries is steps 2 to 5 of AppendEntries' receiver: §5.3.
-func (c *core) acceptEntries(a *appendArgs) (bool, EntryID) {
+// acceptEntries is steps 2 to 5 of AppendEntries' receiver: §5.3. Entries that
+// the disk has no space for are refused before anything is staged of them.
+func (c *core) acceptEntries(a *appendArgs) (success, noRoom bool, hint EntryID) {
 	// What lies under our snapshot is committed, and so is what a leader has
 	// there: it matches without being looked at.
 	if a.Prev.Index >= c.log.start.Index && !c.log.matches(a.Prev) {
-		return false, c.log.lastAtOrBelow(min(a.Prev.Index-1, c.log.last), a.Prev.Term)
+		return false, false, c.log.lastAtOrBelow(min(a.Prev.Index-1, c.log.last), a.Prev.Term)
+	}
+	if n := c.newBytes(a.Entries); n > 0 {
+		c.lacksRoom = n > c.room && c.full != nil
+		if n > c.room {
+			return false, true, a.Prev
+		}
 	}
 	for _, e := range a.Entries {
 		c.mergeEntries(e)
@@ -209,7 +219,17 @@ func (c *core) acceptEntries(a *appendArgs) (bool, EntryID) {
 	if verified := min(a.Commit, a.lastIndex()); verified > c.commitIndex {
 		c.commitIndex = verified
 	}
-	return true, EntryID{}
+	return true, false, EntryID{}
+}
+
+// newBytes is what these entries would add to the log on disk.
+func (c *core) newBytes(runs []Entries) (n int64) {
+	for _, e := range runs {
+		if e.Last() > c.log.start.Index && !c.log.matches(EntryID{e.Last(), e.term(e.Len() - 1)}) {
+			n += saveBytes(e)
+		}
+	}
+	return n
 }
 
 // mergeEntries skips what the log has, truncates at the first conflict, and
@@ -261,6 +281,7 @@ func (c *core) onAppendReply(from memberID, a *appendArgs, r *appendReply) {
 	c.confirmReads()
 	p.paused = false
 	p.wanted = max(p.wanted, r.Wanted)
+	p.noteSpace(r.Full)
 	switch {
 	case a.Heartbeat && r.Success:
 	case a.Heartbeat:
@@ -290,6 +311,11 @@ func (c *core) onAppendReply(from memberID, a *appendArgs, r *appendReply) {
 		}
 	default:
 		if !p.answered(a.Seq, c.now) {
+			return
+		}
+		if r.NoRoom { // Prev matches; the entries are sent again when a heartbeat says that there is space
+			p.probeFrom(a.Prev.Index+1, c.appendSeq)
+			p.held = true
 			return
 		}
 		if a.Prev.Index <= p.match && a.Seq > p.matchSeq {

@@ -362,9 +362,13 @@ func (v *service) AppendEntries(args *call[appendArgs], reply *call[appendReply]
 	cm := v.conn.server.cm
 	reply.deferred = true
 	var err error
+	if !args.V.Heartbeat {
+		cm.claim(args.V.Entries)
+	}
 	f := func(c *core) {
 		if err = v.checkSender(c, args.V.Leader); err == nil {
 			v.conn.open.Add(1)
+			c.room = cm.room()
 			c.onAppendRequest(&args.V, ticket{v.conn, args.req.seq})
 		}
 	}
@@ -374,6 +378,21 @@ func (v *service) AppendEntries(args *call[appendArgs], reply *call[appendReply]
 		cm.stepThenFlush(f)
 	}
 	return err
+}
+
+// claim waits until there is space for entries that have come, or there can't be.
+// Otherwise the write would wait for it.
+func (cm *ConsensusModule) claim(runs []Entries) {
+	if cm.space == nil || len(runs) == 0 {
+		return
+	}
+	n := int64(0)
+	for _, e := range runs {
+		n += saveBytes(e)
+	}
+	cm.flushing.Add(1)
+	defer cm.flushing.Add(-1)
+	cm.space.Claim(n)
 }
 
 // Forward appends another node's proposals. The reply says what they became;
@@ -389,7 +408,8 @@ func (v *service) Forward(args *call[forwardArgs], reply *call[forwardReply]) er
 			return nil
 		}
 	}
-	v.conn.server.cm.step(func(c *core) {
+	cm := v.conn.server.cm
+	cm.step(func(c *core) {
 		r := &reply.V
 		r.Leader = c.leader
 		switch {
@@ -397,8 +417,10 @@ func (v *service) Forward(args *call[forwardArgs], reply *call[forwardReply]) er
 			r.Refusal = forwardStopped
 		case c.role != Leader:
 			r.Refusal = forwardNotLeader
-		case !c.hasRoom():
-			r.Refusal = forwardOverloaded
+		case c.outOfSpace():
+			r.Refusal = forwardDiskFull
+		case !c.hasRoom() || cm.roomFor(len(b.buf)) == 0:
+			r.Refusal = forwardBusy
 		default:
 			r.First, _ = c.propose(&b)
 			c.onForward(args.V.From, r.First.Index+Index(len(b.offs))-1)

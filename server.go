@@ -199,6 +199,10 @@ func (s *Server) run(c *core) {
 	for _, h := range s.history {
 		s.emit(Event{Kind: EventHistory, Detail: h.String()})
 	}
+	if s.cm.space != nil {
+		s.cm.space.OnSpace(func() { wake(s.cm.flushWake) })
+		wake(s.cm.flushWake) // the disk may be full already
+	}
 	s.cm.run(s, s.machine)
 	s.cm.mu.Lock()
 	s.ended = s.cm.goroutines.empty()
@@ -224,8 +228,8 @@ func (s *Server) stopped() {
 // Propose replicates cmd and returns once it is committed and applied on this
 // node, with what this node's Apply returned. Any node takes proposals: one
 // that does not lead forwards them to the leader. cmd is copied. The error is
-// a rejection (ErrNoLeader, ErrOverloaded, ErrStopped, ErrCommandSize,
-// ErrSuperseded), after which cmd will never commit, or matches
+// a rejection (ErrNoLeader, ErrOverloaded, ErrDiskFull, ErrStopped,
+// ErrCommandSize, ErrSuperseded), after which cmd will never commit, or matches
 // ErrOutcomeUnknown. ctx governs the wait, never the commit.
 func (s *Server) Propose(ctx context.Context, cmd []byte) (Result, error) {
 	return s.await(ctx, func() *Proposal { return s.Submit(cmd) })
@@ -372,6 +376,7 @@ type Status struct {
 	Commit    Index
 	Applied   Index
 	Snapshot  Index // the last entry that this node's newest snapshot includes
+	DiskFull  bool  // there is no space for the log to grow; see ErrDiskFull
 	Members   []Member
 	Missing   []NodeID         // founders that a forming node waits for
 	Followers []FollowerStatus // on the leader
@@ -386,6 +391,7 @@ type FollowerStatus struct {
 	ID          NodeID
 	Match       Index     // durable there, as far as the leader knows
 	LastContact time.Time // of an answer in this term
+	DiskFull    bool      // it said so
 
 	// While it is sent a snapshot: how much it has, of how much, in bytes.
 	SnapshotSent, SnapshotSize int64
@@ -402,8 +408,8 @@ func (s *Server) Status() Status {
 		ID: s.conf.ID, Addr: s.listener.Addr().String(), ClusterID: s.conf.ClusterID,
 		Role: c.role, Term: c.currentTerm, Leader: c.leader.label(c),
 		First: c.log.start.Index + 1, Last: c.log.last, Durable: c.durableIndex,
-		Commit: c.commitIndex, Applied: cm.pending.applied, Snapshot: c.newestSnapshot.Index, Err: c.failure,
 		ClusterUUID: hex.EncodeToString(c.configuration.clusterUUID[:]), History: slices.Clone(s.history),
+		Commit: c.commitIndex, Applied: cm.pending.applied, Snapshot: c.newestSnapshot.Index, DiskFull: c.full != nil, Err: c.failure,
 	}
 	if st.Err == nil && cm.pending.stopped != nil {
 		st.Err = errors.Unwrap(cm.pending.stopped) // ErrStopped, or an *ApplyError
@@ -412,7 +418,7 @@ func (s *Server) Status() Status {
 		st.Members = append(st.Members, Member{ID: m.name, Addr: m.addr, Learner: m.learner})
 	}
 	for _, p := range c.progress {
-		f := FollowerStatus{ID: p.id.label(c), Match: p.match, LastContact: p.lastContact}
+		f := FollowerStatus{ID: p.id.label(c), Match: p.match, LastContact: p.lastContact, DiskFull: p.full}
 		if p.state == snapshotting {
 			f.SnapshotSent, f.SnapshotSize = int64(p.snapshotSent), int64(p.snapshotSize)
 		}

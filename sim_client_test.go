@@ -70,7 +70,13 @@ func (l *simClients) arrive(s *sim) {
 			return
 		}
 	}
-	if c.role == Leader && !c.hasRoom() || c.role != Leader && c.leader == 0 {
+	if c.role == Leader && n.wal != nil {
+		n.wal.storage.Claim(int64(w.batchMax) * (int64(w.dataMax) + 100))
+		if s.noteSpace(n); n.core != c || c.role != Leader {
+			return
+		}
+	}
+	if c.role == Leader && !c.hasRoom() && !c.outOfSpace() || c.role != Leader && c.leader == 0 {
 		return
 	}
 	leader := s.peer(c, c.leader)
@@ -86,8 +92,16 @@ func (l *simClients) arrive(s *sim) {
 		b.add(entryCommand, simCommand(op.id, op.key, op.write, s.rng.IntN(w.dataMax+1)))
 		props = append(props, op.p)
 	}
+	if c.outOfSpace() {
+		s.losses.Rejected += len(props)
+		l.settleAll(s, props, ErrDiskFull)
+		return
+	}
 	if c.role == Leader {
-		first, ok := s.begin(n).propose(&b)
+		if c = s.begin(n); c.room < int64(len(b.buf))+saveOverhead {
+			s.fail("leader %d has room for %d bytes after it has claimed more than %d, and its disk is not full", n.i, c.room, len(b.buf))
+		}
+		first, ok := c.propose(&b)
 		if !ok {
 			s.fail("leader %d does not take a proposal", n.i)
 		}
@@ -130,8 +144,10 @@ func (s *sim) onForwarded(n *simNode, call *simCall) {
 		r.Refusal = forwardStopped
 	case c.role != Leader:
 		r.Refusal = forwardNotLeader
-	case !c.hasRoom():
-		r.Refusal = forwardOverloaded
+	case c.outOfSpace():
+		r.Refusal = forwardDiskFull
+	case !c.hasRoom() || n.roomShort(len(call.forward.Encoded)):
+		r.Refusal = forwardBusy
 	default:
 		if err := b.addUnsealed(call.forward.Encoded); err != nil {
 			s.fail("forwarded proposals: %v", err)
@@ -149,6 +165,16 @@ func (s *sim) onForwarded(n *simNode, call *simCall) {
 		}
 	}
 	s.transmit(&simMsg{call: call, isReply: true, forwardReply: r})
+}
+
+// roomShort tells whether the disk has no room for n bytes of entries.
+func (n *simNode) roomShort(bytes int) bool {
+	if n.wal == nil {
+		return false
+	}
+	n.wal.storage.Claim(int64(bytes) + saveOverhead)
+	room, _ := n.wal.storage.Room()
+	return room < int64(bytes)+saveOverhead
 }
 
 // forwardEnds takes the leader's answer to a forward, or gives it up.

@@ -217,6 +217,8 @@ const (
 	nemWipe
 	nemFull
 	nemesisCount
+
+	nemHang = nemesisCount // drawn apart, so that older seeds stay what they were
 )
 
 // nemesis puts one fault into the run.
@@ -314,6 +316,8 @@ func (s *sim) nemesis() {
 		s.wipe(n)
 	case nemFull:
 		s.fill(n)
+	case nemHang:
+		s.hang(n)
 	case nemCrash, nemCrashLeader:
 		s.crashAndRestart(n)
 	case nemCrashAll:
@@ -412,7 +416,7 @@ func (s *sim) heal() {
 		}
 	}
 	for i, n := range s.nodes {
-		n.crashIn = 0
+		n.crashIn, n.hungUntil = 0, 0
 		s.resume(n)
 		s.setClock(n, 0, 1)
 		switch {
@@ -425,6 +429,9 @@ func (s *sim) heal() {
 		default:
 			s.armTimer(n)
 			s.startFlush(n)
+			if s.makeSpace(n); n.core.role != Dead {
+				s.noteSpace(n)
+			}
 		}
 	}
 	s.note(-1, "heal nodes %v", s.core)

@@ -39,6 +39,7 @@ type simNode struct {
 	lost       string // why it never runs again in this run of the simulator
 
 	pausedUntil time.Duration
+	hungUntil   time.Duration // its disk hangs until then
 	deferred    []simEvent
 	clockRate   float64 // local seconds per second since clockAt
 	clockBase   time.Duration
@@ -136,6 +137,9 @@ func (s *sim) boot(n *simNode) {
 func (s *sim) begin(n *simNode) *core {
 	n.before, n.truncations = n.core.snapshot(), n.core.log.truncations
 	s.setTime(n)
+	if n.wal != nil && n.wal.storage != nil {
+		n.core.room, _ = n.wal.storage.Room()
+	}
 	s.steps++
 	return n.core
 }
@@ -314,6 +318,7 @@ func (s *sim) onRequest(n *simNode, call *simCall) {
 		s.begin(n).onVoteRequest(call.vote, call)
 		s.end(n)
 	case callAppend, callHeartbeat:
+		n.claim(call.append)
 		s.begin(n).onAppendRequest(call.append, call)
 		s.end(n)
 	case callForward:
@@ -367,9 +372,23 @@ func (s *sim) onFlushed(n *simNode, e simEvent) {
 	if s.boundary(n) {
 		return
 	}
+	if s.now < n.hungUntil {
+		n.flushing = true
+		e.at, e.took = n.hungUntil, e.took+n.hungUntil-s.now
+		s.push(e)
+		return
+	}
 	lsn, err := n.flushDisk(e.lsn)
 	if errors.Is(err, errSimPower) {
 		s.crashAndRestart(n)
+		return
+	}
+	if errors.Is(err, ErrDiskFull) { // nothing was written: it is tried again
+		s.losses.FullWrites++
+		n.flushing = true
+		e.at, e.lsn = s.now+s.swarm.timeout/4, n.core.lsn
+		s.push(e)
+		s.noteSpace(n)
 		return
 	}
 	if err != nil {
@@ -381,7 +400,9 @@ func (s *sim) onFlushed(n *simNode, e simEvent) {
 		return
 	}
 	s.begin(n).persisted(lsn, e.took)
-	s.end(n)
+	if s.end(n); n.core != nil && n.core.role != Dead {
+		s.noteSpace(n)
+	}
 }
 
 // diskFails ends a node whose disk has failed it.

@@ -252,6 +252,7 @@ func newSim(seed uint64, plan simPlan) *sim {
 	s.drawSwarm()
 	s.drawMembers()
 	s.drawLeases()
+	s.drawHangs()
 	if plan.tune != nil {
 		plan.tune(&s.swarm)
 	}
@@ -367,6 +368,14 @@ func (s *sim) drawSwarm() {
 	w.installLateP = s.sometimes(0.5, 0.05, 1)
 	w.blockBytes = int(s.logUniform(16, 512))
 	w.stateMax = s.between(0, 300)
+}
+
+// drawHangs lets disks hang in a fifth of the seeds.
+func (s *sim) drawHangs() {
+	defer s.back(s.turn(turnSetup, 1))
+	if s.chance(0.2) {
+		s.swarm.nemeses = append(s.swarm.nemeses, nemHang, nemHang)
+	}
 }
 
 // drawChurn makes leaderships short and messages old: the conditions of

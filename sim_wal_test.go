@@ -253,6 +253,10 @@ func (n *simNode) flushDisk(lsn LSN) (LSN, error) {
 	}
 	released := slices.ContainsFunc(n.disk.staged, func(save Save) bool { return save.Start != nil })
 	lsn, err := w.storage.Flush()
+	if errors.Is(err, ErrDiskFull) && w.full && !w.fired {
+		w.ops = 0
+		return 0, err
+	}
 	if err != nil && !w.fired && !s.mayFail(n, err) {
 		s.fail("node %d can't flush a sound disk: %v", n.i, err)
 	}
@@ -282,7 +286,7 @@ func (s *sim) prepareDisk(n *simNode) error {
 	if errors.Is(err, errSimPower) {
 		return errSimPower
 	}
-	if err != nil && !s.mayFail(n, err) {
+	if err != nil && !s.mayFail(n, err) && !(n.wal.full && errors.Is(err, wal.ErrDiskFull)) {
 		s.fail("node %d prepares a segment: %v", n.i, err)
 	}
 	return nil

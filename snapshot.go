@@ -52,6 +52,9 @@ func (c *core) snapshotTaken(last EntryID, upTo Index) {
 	}
 	c.newestSnapshot = last
 	c.emit(Event{Kind: EventSnapshotTaken, Index: last.Index})
+	if c.full != nil {
+		upTo = last.Index // what is kept for convenience is worth less than space
+	}
 	c.compact(min(upTo, last.Index))
 }
 

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"example.com/raft/internal/snap"
+	"example.com/raft/internal/vfs"
 )
 
 // snapshotStore is the part of a data directory that holds snapshots: one file
@@ -89,9 +90,23 @@ func (d *diskStorage) CreateSnapshot(meta SnapshotMeta) (SnapshotWriter, error) 
 	d.random(salt[:])
 	w, err := snap.Create(d.fs, d.snapshots.dir, snapshotName(&meta), meta.encode(nil), binary.LittleEndian.Uint64(salt[:]))
 	if err != nil {
+		d.snapshots.makeSpace(err)
 		return nil, fmt.Errorf("raft: begin a snapshot in %s: %w", d.snapshots.dir, err)
 	}
 	return &snapshotFileWriter{w, d, meta}, nil
+}
+
+// makeSpace gives a snapshot that found none a better chance when it is tried
+// again: it removes segments that were kept to be used again, and the older one
+// of two snapshots. What else is there is needed.
+func (t *snapshotStore) makeSpace(err error) {
+	if !vfs.IsNoSpace(err) {
+		return
+	}
+	_ = t.storage.log.DropSpares() // what it can't remove stays
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	_ = t.keep(1)
 }
 
 // OpenSnapshot implements Storage.
@@ -125,21 +140,42 @@ func (w *snapshotFileWriter) Commit() error {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if err := w.Writer.Commit(); err != nil {
+		if vfs.IsNoSpace(err) {
+			_ = t.keep(1) // see makeSpace
+		}
 		return fmt.Errorf("raft: store a snapshot in %s: %w", t.dir, err)
 	}
 	// One that ends at the same entry may be damaged: that is why this was taken.
 	t.metas = slices.DeleteFunc(t.metas, func(m SnapshotMeta) bool { return m.Last == w.meta.Last })
 	t.metas = append(t.metas, w.meta)
 	t.sort()
+	return t.keep(keptSnapshots)
+}
+
+// Write and Sync are snap.Writer's.
+func (w *snapshotFileWriter) Write(p []byte) (int, error) {
+	n, err := w.Writer.Write(p)
+	w.storage.snapshots.makeSpace(err)
+	return n, err
+}
+
+func (w *snapshotFileWriter) Sync() error {
+	err := w.Writer.Sync()
+	w.storage.snapshots.makeSpace(err)
+	return err
+}
+
+// keep removes all snapshots but the newest n. mu is held.
+func (t *snapshotStore) keep(n int) error {
 	keep := map[string]bool{}
-	for i := range t.metas[:min(len(t.metas), keptSnapshots)] {
+	for i := range t.metas[:min(len(t.metas), n)] {
 		keep[snapshotName(&t.metas[i])] = true
 	}
-	t.metas = t.metas[:min(len(t.metas), keptSnapshots)]
-	names, err := snap.List(w.storage.fs, t.dir)
+	t.metas = t.metas[:min(len(t.metas), n)]
+	names, err := snap.List(t.storage.fs, t.dir)
 	for _, name := range names {
 		if err == nil && !keep[name] {
-			err = snap.Remove(w.storage.fs, t.dir, name)
+			err = snap.Remove(t.storage.fs, t.dir, name)
 		}
 	}
 	if err != nil {

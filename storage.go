@@ -94,7 +94,9 @@ type Storage interface {
 	// Append takes a save into memory. It never waits for a disk.
 	Append(s Save)
 	// Flush makes everything appended before the call durable and returns the
-	// position reached. Concurrent calls combine. An error is final.
+	// position reached. Concurrent calls combine. An error is final, unless it
+	// matches ErrDiskFull: then nothing was written, what was appended is kept, and
+	// Flush is called again.
 	Flush() (LSN, error)
 	// Read returns entries from lo to hi, at most maxBytes encoded bytes of
 	// them but at least one. They must be durable and not before the start.
@@ -107,6 +109,21 @@ type Storage interface {
 	OpenSnapshot(last EntryID) (SnapshotMeta, SnapshotReader, error)
 	// Close releases everything. It waits for a running Flush.
 	Close() error
+}
+
+// spacious is a Storage whose space can run out, as a disk's does.
+type spacious interface {
+	// Room returns how many bytes of saves, as saveBytes counts them, may still be
+	// appended and will certainly find space, and, when there can be no more for
+	// lack of space, an error that matches ErrDiskFull.
+	Room() (bytes int64, full error)
+	// Want asks for room for n bytes, and returns at once.
+	Want(n int64)
+	// Claim waits until there is room for n bytes or there can't be.
+	Claim(n int64)
+	// OnSpace has f called whenever Room's results may have changed, from now on.
+	// f must not block.
+	OnSpace(f func())
 }
 
 // SnapshotWriter takes the bytes of one snapshot. One goroutine uses it. After

@@ -223,7 +223,7 @@ func TestStoragePowerLoss(t *testing.T) {
 		model := newStorageModel()
 		for range 4 { // starts
 			d := diskOver(fs, "data")
-			d.options.MaxSegmentBytes = 1 << 20
+			d.options.MaxSegmentBytes, d.options.PrepareInline = 1<<20, true
 			u, rec := open(t, d)
 			model.recovered(t, seed, u, rec)
 			left := 1 + dice.IntN(60) // changes to the disk until the power fails
@@ -242,6 +242,7 @@ func TestStoragePowerLoss(t *testing.T) {
 						break
 					}
 					model.flushed()
+					_ = d.log.Prepare() // the power may fail there as well
 				}
 			}
 			fs.SetHook(nil)

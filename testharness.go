@@ -596,6 +596,28 @@ func (h *Harness) SlowDisk(i int, d time.Duration) {
 	h.action("Slow disk of %d by %v", i, d)
 }
 
+// FillDisk leaves node i's disk without space for anything but what was claimed
+// before. It needs a disk in memory: without WithDisk, and without a Storage or
+// Dir of WithConfig.
+func (h *Harness) FillDisk(i int) {
+	h.t.Helper()
+	if mem := h.node(i).disk.mem; mem != nil {
+		mem.SetCapacity(max(1, mem.Used()))
+	} else {
+		h.t.Fatalf("FillDisk needs disks in memory, without WithDisk")
+	}
+	h.action("Fill disk of %d", i)
+}
+
+// FreeDisk undoes FillDisk.
+func (h *Harness) FreeDisk(i int) {
+	h.t.Helper()
+	if mem := h.node(i).disk.mem; mem != nil {
+		mem.SetCapacity(0)
+	}
+	h.action("Free disk of %d", i)
+}
+
 // Server returns node i's server, the last one if the node has crashed.
 func (h *Harness) Server(i int) *Server {
 	h.t.Helper()
@@ -630,7 +652,7 @@ func (h *Harness) SubmitToServer(i int, cmd []byte) (Index, bool) {
 	b.add(entryCommand, cmd)
 	var index Index
 	s.cm.step(func(c *core) {
-		if c.role == Leader && c.hasRoom() {
+		if c.role == Leader && c.hasRoom() && !c.outOfSpace() && s.cm.roomFor(len(b.buf)) > 0 {
 			first, _ := c.propose(&b)
 			index = first.Index
 		}

@@ -32,18 +32,21 @@ func (c *core) transferLeadership(to memberID) error {
 		return &TransferError{Reason: TransferNotVoter, Node: to.label(c)}
 	case c.now.Sub(p.lastContact) >= c.limits.electionTimeout:
 		return &TransferError{Reason: TransferUnreachable, Node: to.label(c)}
+	case p.full:
+		return &TransferError{Reason: TransferDiskFull, Node: to.label(c)}
 	}
 	c.transfer = transfer{to: to, deadline: c.now.Add(c.limits.electionTimeout)}
 	c.emit(Event{Kind: EventTransfer, Peer: to.label(c)})
 	return nil
 }
 
-// bestSuccessor returns the reachable voter that needs the least, 0 if there is none.
+// bestSuccessor returns the reachable voter with space on its disk that needs
+// the least, 0 if there is none.
 func (c *core) bestSuccessor() (best memberID) {
 	var match Index
 	for _, p := range c.progress {
 		m := c.configuration.find(p.id)
-		if m.votes(false) && (!c.configuration.joint || m.votes(true)) && c.now.Sub(p.lastContact) < c.limits.electionTimeout && (best == 0 || p.match > match) {
+		if !p.full && m.votes(false) && (!c.configuration.joint || m.votes(true)) && c.now.Sub(p.lastContact) < c.limits.electionTimeout && (best == 0 || p.match > match) {
 			best, match = p.id, p.match
 		}
 	}
