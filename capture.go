@@ -20,6 +20,7 @@ type captures struct {
 	running  bool          // one is being taken
 	again    bool          // the newest one is damaged, or the last attempt failed: another is due
 	forSpace bool          // the disk is full: one would let the log go
+	damaged  string        // the file of the newest one, until taking another has failed
 	waiting  []chan error  // TakeSnapshot calls that the next one answers
 	pause    time.Duration // after the last failure
 	retryAt  time.Time     // not before, unless somebody asks for one
@@ -262,7 +263,7 @@ func (p *captures) failed(err error) {
 		p.pause, p.retryAt = 0, time.Time{}
 		return
 	}
-	p.again = true
+	p.again, p.damaged = true, ""
 	p.pause = min(max(2*p.pause, firstCapturePause), lastCapturePause)
 	p.retryAt = time.Now().Add(p.pause)
 }

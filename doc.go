@@ -83,10 +83,10 @@ state machine is called by one goroutine at a time.
 
 In this order: core.go (the state of Figure 2 and what one transition leaves to
 do), election.go, replication.go, quorum.go, log.go, progress.go, change.go,
-transfer.go, snapshot.go, readindex.go, health.go, then outbox.go and pending.go
-(what may leave when, and who is told what). raft.go and apply.go drive them
-with goroutines, server.go is the user's handle, link.go and serve.go the two
-ends of a connection, disk.go the storage. docs/DESIGN.md explains how they fit
-together, docs/DIVERGENCE.md where they differ from the paper.
+transfer.go, snapshot.go, readindex.go, session.go, health.go, then outbox.go
+and pending.go (what may leave when, and who is told what). raft.go and apply.go
+drive them with goroutines, server.go is the user's handle, link.go and serve.go
+the two ends of a connection, disk.go the storage. docs/DESIGN.md explains how
+they fit together, docs/DIVERGENCE.md where they differ from the paper.
 */
 package raft

@@ -204,6 +204,41 @@ func ExampleServer_Submit() {
 	// 6 <nil>
 }
 
+// A client that never does anything twice: what it has no answer to it sends
+// again, with the same RequestID, to one node after the other.
+func ExampleServer_ProposeOnce() {
+	nodes, _ := cluster()
+	for _, n := range nodes {
+		defer n.Close()
+	}
+	session, err := nodes[0].OpenSession(context.Background()) // plain data: it may travel to another process
+	if err != nil {
+		fmt.Println(err)
+		return
+	}
+	add := func(seq uint64, number string) {
+		// One request at a time: the client has the answers to all before.
+		id := raft.RequestID{Session: session, Seq: seq, DoneBelow: seq}
+		for try := 0; ; try++ {
+			ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+			result, err := nodes[try%len(nodes)].ProposeOnce(ctx, id, []byte(number))
+			cancel()
+			if err == nil || errors.Is(err, raft.ErrSessionExpired) { // after the latter: read what happened, open another session
+				fmt.Println(string(result.Data), err)
+				return
+			}
+		}
+	}
+	add(1, "42")
+	nodes[0].Close()
+	add(1, "42") // perhaps the answer was lost: asking again is safe
+	add(2, "8")
+	// Output:
+	// 42 <nil>
+	// 42 <nil>
+	// 50 <nil>
+}
+
 // A node may lag behind the one that acknowledged a write. WaitApplied waits
 // until the write can be read here.
 func ExampleServer_WaitApplied() {

@@ -191,6 +191,15 @@ func TestHarnessChecksFail(t *testing.T) {
 			q.result.Index = p.result.Index
 			h.CheckLinearizable()
 		}, "answered two proposals"},
+		{"a command that was applied more often than proposed", 1, func(h *Harness) {
+			h.CheckSingleLeader()
+			h.Server(0).Submit(cmd(1)).Wait(context.Background())
+			h.Server(0).Submit(cmd(1)).Wait(context.Background())
+			for _, op := range h.history.ops { // as if it had been sent twice
+				op.request = RequestID{Session: 1, Seq: 1}
+			}
+			h.CheckLinearizable()
+		}, "was applied 2 times, and proposed 1 times"},
 		{"an answer out of real-time order", 1, func(h *Harness) {
 			h.CheckSingleLeader()
 			p := h.Server(0).Submit(cmd(1))

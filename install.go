@@ -56,12 +56,15 @@ func (s *Server) sendSnapshot(q snapshotRequest) (last EntryID, err error) {
 	return meta.Last, out.run()
 }
 
-// unreadable has another snapshot taken in place of a damaged one.
+// unreadable has another snapshot taken in place of a damaged one: once, though
+// several transfers may find the damage, and again if that failed.
 func (s *Server) unreadable(last EntryID, err error) error {
 	var corrupt *CorruptError
 	if errors.As(err, &corrupt) {
 		s.cm.mu.Lock()
-		s.cm.captures.again = true
+		if s.cm.captures.damaged != corrupt.File {
+			s.cm.captures.damaged, s.cm.captures.again = corrupt.File, true
+		}
 		s.cm.transition(func(c *core) { c.emit(Event{Kind: EventSnapshotFailed, Index: last.Index, Err: err}) })
 		s.cm.unlock()
 		wake(s.cm.applyWake)

@@ -571,6 +571,17 @@ func TestLeaseReadsAfterTheMachineSlept(t *testing.T) {
 		if took := timedRead(t, s, time.Second); took != 0 || readRound(s) != rounds+1 {
 			t.Fatalf("the lease was not renewed: a read took %v", took)
 		}
+		time.Sleep(time.Second) // until the lease is renewed everywhere
+		// A read that begins while a step runs, after a sleep that the step did not see.
+		var r *sharedRead
+		rounds = readRound(s)
+		s.cm.step(func(*core) {
+			slept[leader].Add(int64(time.Second))
+			r, _ = s.cm.reads.join(true)
+		})
+		if <-r.done; !r.ok || readRound(s) != rounds+1 {
+			t.Fatal("a read was answered by a lease that had ended before it began")
+		}
 		h.DisconnectPeer(leader)
 		slept[leader].Add(int64(time.Second))
 		if took := timedRead(t, s, 100*time.Millisecond); took >= 0 {

@@ -330,7 +330,7 @@ func (s *Server) stepAnswer(c *core, from memberID, directory [16]byte, answer *
 			c.onVoteReply(from, &args.V, &answer.Reply.(*call[voteReply]).V)
 		}
 	case *call[readArgs]:
-		s.readsAnswered(&answer.Reply.(*call[readReply]).V, answer.Error)
+		s.cm.readsAnswered(&answer.Reply.(*call[readReply]).V, answer.Error)
 	case *call[forwardArgs]:
 		s.forwardAnswered(from, args.V.batch, &answer.Reply.(*call[forwardReply]).V, answer.Error)
 	}
@@ -368,7 +368,7 @@ func (s *Server) unsent(to memberID, out outgoing) {
 	case out.m.append != nil:
 		cm.step(func(c *core) { c.onAppendFailed(to, out.m.append) })
 	case out.ask != nil:
-		cm.step(func(*core) { s.readsAnswered(&readReply{Refused: true}, nil) })
+		cm.step(func(*core) { cm.readsAnswered(&readReply{Refused: true}, nil) })
 	case out.m.vote == nil:
 		cm.step(func(c *core) {
 			s.forwards[to]--
@@ -407,8 +407,8 @@ func (s *Server) readEntries(q entryRequest) {
 // taken for hung. The core watches appends itself.
 func (s *Server) linkPatience() time.Duration { return 2 * s.conf.ElectionTimeout }
 
-// send, hangup, read, canForward and forward are the transport that the module
-// drives; its lock is held, so none of them waits.
+// send, hangup, read, canForward, forward and ask are the transport that the
+// module drives; its lock is held, so none of them waits.
 
 func (s *Server) send(m message) {
 	ch := channelControl
@@ -444,6 +444,11 @@ func (s *Server) forward(to memberID, b proposalBatch) {
 	s.cm.core.notLeading(to) // its link is stuck: wait to hear from it
 	s.putBack(b)
 	s.cm.pending.forwardEnds()
+}
+
+func (s *Server) ask(to memberID, lease bool) bool {
+	l := s.link(to, channelRead)
+	return l != nil && l.push(outgoing{ask: &readArgs{Lease: lease}})
 }
 
 type linkKey struct {

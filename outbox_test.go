@@ -168,26 +168,31 @@ func TestPendingWaits(t *testing.T) {
 			return false
 		}
 	}
-	if !closed(w.wait(3)) {
+	wait := func(i Index) *appliedWait {
+		a := &appliedWait{index: i, done: make(chan struct{})}
+		w.wait(a)
+		return a
+	}
+	if a := wait(3); !closed(a.done) || a.err != nil {
 		t.Error("a wait for an applied entry waits")
 	}
-	six, four, five, also := w.wait(6), w.wait(4), w.wait(5), w.wait(4)
+	six, four, five, also := wait(6), wait(4), wait(5), wait(4)
 	if w.highest() != 6 {
 		t.Errorf("highest is %d", w.highest())
 	}
 	w.cancel(five)
 	e := sealed(4, 1, "x", "y")
 	_, woken := w.onApplied(e, resultsOf(e), nil, nil)
-	if len(woken) != 2 || woken[0] == six || woken[1] == six || (woken[0] != four && woken[1] != four) || (woken[0] != also && woken[1] != also) {
+	if len(woken) != 2 || woken[0] == six.done || woken[1] == six.done || (woken[0] != four.done && woken[1] != four.done) || (woken[0] != also.done && woken[1] != also.done) {
 		t.Errorf("woken %v", woken)
 	}
 	p := newProposals(1)
 	w.add(EntryID{9, 1}, p)
 	settled, woken := w.stop(outcomeUnknown(ErrStopped))
-	if len(settled) != 1 || !errors.Is(p[0].err, ErrOutcomeUnknown) || !errors.Is(p[0].err, ErrStopped) || len(woken) != 1 || woken[0] != six {
+	if len(settled) != 1 || !errors.Is(p[0].err, ErrOutcomeUnknown) || !errors.Is(p[0].err, ErrStopped) || len(woken) != 1 || woken[0] != six.done || !errors.Is(six.err, ErrStopped) {
 		t.Errorf("stop settles %v with %v and wakes %v", settled, p[0].err, woken)
 	}
-	if !closed(w.wait(100)) {
+	if a := wait(100); !closed(a.done) || !errors.Is(a.err, ErrStopped) {
 		t.Error("a wait after stop waits")
 	}
 	if settled, _ := w.add(EntryID{10, 1}, newProposals(2)); len(settled) != 2 || !errors.Is(settled[0].err, ErrStopped) {

@@ -1,6 +1,9 @@
 package raft
 
-import "slices"
+import (
+	"errors"
+	"slices"
+)
 
 // pending knows who waits for which entry and what each is told. It is pure:
 // the applier and the simulator drive the same one. A proposal waits for the
@@ -11,7 +14,7 @@ import "slices"
 // nobody proposes any more, so that its index may stay empty for ever.
 type pending struct {
 	groups  []pendingGroup
-	waits   []appliedWait // by ascending index
+	waits   []*appliedWait // by ascending index
 	applied Index
 	term    Term  // of entry applied
 	stopped error // nothing is applied any more: what everybody is told
@@ -29,9 +32,12 @@ type pendingGroup struct {
 	proposals []*Proposal
 }
 
+// appliedWait is somebody who waits until entry index is applied, or never will
+// be here: then err says why, once done is closed.
 type appliedWait struct {
 	index Index
 	done  chan struct{}
+	err   error
 }
 
 type keptResults struct {
@@ -186,26 +192,27 @@ func (w *pending) forwardEnds() {
 	}
 }
 
-// wait returns a channel that is closed once entry i is applied, or never will be here.
-func (w *pending) wait(i Index) chan struct{} {
-	done := make(chan struct{})
-	if i <= w.applied || w.stopped != nil {
-		close(done)
-		return done
+// wait makes a's done close once entry a.index is applied, or never will be here.
+func (w *pending) wait(a *appliedWait) {
+	if a.index <= w.applied || w.stopped != nil {
+		if a.index > w.applied {
+			a.err = errors.Unwrap(w.stopped)
+		}
+		close(a.done)
+		return
 	}
-	at, _ := slices.BinarySearchFunc(w.waits, i, func(a appliedWait, i Index) int {
+	at, _ := slices.BinarySearchFunc(w.waits, a.index, func(a *appliedWait, i Index) int {
 		if a.index <= i {
 			return -1
 		}
 		return 1
 	})
-	w.waits = slices.Insert(w.waits, at, appliedWait{i, done})
-	return done
+	w.waits = slices.Insert(w.waits, at, a)
 }
 
 // cancel gives up a wait.
-func (w *pending) cancel(done chan struct{}) {
-	w.waits = slices.DeleteFunc(w.waits, func(a appliedWait) bool { return a.done == done })
+func (w *pending) cancel(a *appliedWait) {
+	w.waits = slices.DeleteFunc(w.waits, func(b *appliedWait) bool { return b == a })
 }
 
 // highest returns the highest index that anybody waits for, 0 if nobody does.
@@ -232,6 +239,7 @@ func (w *pending) stop(err error) (settled []*Proposal, woken []chan struct{}) {
 		}
 	}
 	for _, a := range w.waits {
+		a.err = errors.Unwrap(w.stopped)
 		woken = append(woken, a.done)
 	}
 	w.groups, w.waits, w.kept = nil, nil, nil

@@ -43,6 +43,7 @@ type ConsensusModule struct {
 	storage   Storage
 	space     spacious // storage, nil if its space does not run out
 	queue     proposalQueue
+	reads     readQueue
 	events    *eventLog
 	transport transport
 
@@ -89,6 +90,7 @@ type transport interface {
 	snapshot(q snapshotRequest) // send the newest snapshot and step snapshotSent
 	canForward(to memberID) bool
 	forward(to memberID, b proposalBatch) // proposals, to the leader
+	ask(to memberID, lease bool) bool     // the leader for the index of reads, and call readsAnswered
 	stopped()                             // the core is dead
 }
 
@@ -110,6 +112,7 @@ func newConsensusModule(s Storage, c *core, conf *Config, events *eventLog) *Con
 		cm.sleptFor = conf.sleptFor
 	}
 	cm.queue.maxBytes = conf.MaxQueueBytes
+	cm.reads.init(cm)
 	cm.pending.maxKept = conf.MaxQueueBytes
 	cm.space, _ = s.(spacious)
 	cm.pending.applied, cm.pending.term = c.newestSnapshot.Index, c.newestSnapshot.Term
@@ -166,7 +169,7 @@ func (cm *ConsensusModule) stepThenFlush(f func(c *core)) {
 }
 
 // tryStep makes the core take what is queued, unless somebody holds the lock:
-// whoever does looks at the queue after letting go.
+// whoever does looks at the queues after letting go.
 func (cm *ConsensusModule) tryStep() {
 	if cm.queueReady() && cm.mu.TryLock() {
 		cm.transition(func(*core) {})
@@ -174,13 +177,13 @@ func (cm *ConsensusModule) tryStep() {
 	}
 }
 
-// queueReady tells whether a step would take what is queued.
+// queueReady tells whether a step would take proposals or reads that are queued.
 func (cm *ConsensusModule) queueReady() bool {
 	n := cm.queue.bytes.Load()
-	return n > 0 && n >= cm.stepAt.Load()
+	return n > 0 && n >= cm.stepAt.Load() || cm.reads.ready()
 }
 
-// unlock releases mu and looks once more for proposals that came while it was held.
+// unlock releases mu and looks once more for what was queued while it was held.
 func (cm *ConsensusModule) unlock() {
 	dead := cm.core.role == Dead
 	cm.mu.Unlock()
@@ -192,7 +195,7 @@ func (cm *ConsensusModule) unlock() {
 	}
 }
 
-// transition runs f and whatever proposals are queued as one transition.
+// transition runs f and whatever proposals and reads are queued as one transition.
 func (cm *ConsensusModule) transition(f func(c *core)) {
 	c := cm.core
 	var before coreSnapshot
@@ -200,12 +203,10 @@ func (cm *ConsensusModule) transition(f func(c *core)) {
 		before = c.snapshot()
 	}
 	wasDead := c.role == Dead
-	c.now = time.Now()
-	if cm.sleptFor != nil {
-		c.slept, _ = cm.sleptFor() // after an error no lease is believed in
-	}
+	cm.lookAtClock()
 	f(c)
 	cm.takeProposals()
+	cm.takeReads()
 	out := c.finish()
 	if raceEnabled {
 		if err := c.checkStep(before); err != nil {
@@ -218,6 +219,13 @@ func (cm *ConsensusModule) transition(f func(c *core)) {
 	cm.handOver(&out)
 	if c.role == Dead && !wasDead {
 		cm.die()
+	}
+}
+
+func (cm *ConsensusModule) lookAtClock() {
+	cm.core.now = time.Now()
+	if cm.sleptFor != nil {
+		cm.core.slept, _ = cm.sleptFor() // after an error no lease is believed in
 	}
 }
 
@@ -327,6 +335,7 @@ func (cm *ConsensusModule) handOver(out *effects) {
 	if t := cm.threshold(); t != cm.stepAt.Load() {
 		cm.stepAt.Store(t)
 	}
+	cm.reads.openFor(cm.readsOpen())
 	for _, to := range out.hangups {
 		cm.transport.hangup(to) // first: what this step sends there belongs on the next connection
 	}

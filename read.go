@@ -4,42 +4,154 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"slices"
+	"runtime"
+	"sync/atomic"
 )
 
-// This file is the user's side of linearizable reads (readindex.go): on a
-// leader they go to the core, on a follower to the leader, many at once.
+// This file is the user's side of linearizable reads (readindex.go). All reads
+// that come while none of them can be helped share one sharedRead, and a step
+// takes it when it can: on a leader to the core, on a follower to the leader.
+// Joining one needs no lock, and its answer wakes all at once.
 
-// readWait is one ReadIndex call that waits.
-type readWait struct {
-	lease bool // a lease will do
-	done  chan struct{}
-	index Index
-	ok    bool // false: ask again, this node or that leader could not tell
+// sharedRead is reads that are answered together. Whoever waits has loaded it
+// from the queue before a step took it, so what the step asks is asked after
+// every one of these reads began.
+type sharedRead struct {
+	appliedWait // its index is set by the answer
+	cm          *ConsensusModule
+	lease       bool        // a lease will do
+	wanted      atomic.Bool // somebody waits
+	ok          bool        // false: ask again, this node or that leader could not tell
 }
 
-// answer is called with the module's lock held, once.
-func (w *readWait) answer(a readAnswer) {
-	w.index, w.ok = a.index, a.ok
-	close(w.done)
+// answer is called with the module's lock held, once. Who reads is told when
+// the entry is applied here.
+func (r *sharedRead) answer(a readAnswer) {
+	if !a.ok {
+		close(r.done)
+		return
+	}
+	r.ok, r.index = true, a.index
+	r.cm.pending.wait(&r.appliedWait)
+	r.cm.core.want(a.index)
 }
 
 // readAnswerer is what readRequest.token holds.
 type readAnswerer interface{ answer(a readAnswer) }
 
-// remoteReads are the reads of a node that does not lead. One request to the
-// leader is under way at a time; what comes meanwhile shares the next one.
-type remoteReads struct {
-	to      memberID // the leader that was asked
-	asked   []*readWait
-	waiting []*readWait
+// kindsOfRead are ReadIndex and ReadLease.
+const kindsOfRead = 2
+
+func readKind(lease bool) int {
+	if lease {
+		return 1
+	}
+	return 0
 }
 
-func (r *remoteReads) answer(a readAnswer) {
-	for _, w := range r.asked {
-		w.answer(a)
+// readQueue is the reads that no step has taken yet.
+type readQueue struct {
+	next [kindsOfRead]atomic.Pointer[sharedRead]
+	open [kindsOfRead]atomic.Bool // a step would take them; set with the module's lock held
+
+	// Taken by this node while it did not lead, and not answered. One request
+	// to the leader is under way at a time. Guarded by the module's lock.
+	asked []*sharedRead
+}
+
+func (q *readQueue) init(cm *ConsensusModule) {
+	for kind := range q.next {
+		q.renew(cm, kind)
 	}
-	r.asked = nil
+}
+
+func (q *readQueue) renew(cm *ConsensusModule, kind int) *sharedRead {
+	r := &sharedRead{appliedWait: appliedWait{done: make(chan struct{})}, cm: cm, lease: kind == readKind(true)}
+	return q.next[kind].Swap(r)
+}
+
+// join returns the round that a read belongs to, and whether it is the first:
+// then a step must be tried. If none takes the round now, the one that lets
+// reads in again looks for it.
+func (q *readQueue) join(lease bool) (r *sharedRead, first bool) {
+	r = q.next[readKind(lease)].Load()
+	first = !r.wanted.Load() // often: a store would cost the other readers a cache miss
+	if first {
+		r.wanted.Store(true)
+	}
+	return r, first
+}
+
+// ready tells whether a step would take reads.
+func (q *readQueue) ready() bool {
+	for kind := range q.next {
+		if q.open[kind].Load() && q.next[kind].Load().wanted.Load() {
+			return true
+		}
+	}
+	return false
+}
+
+func (q *readQueue) openFor(open [kindsOfRead]bool) {
+	for kind := range open {
+		if q.open[kind].Load() != open[kind] {
+			q.open[kind].Store(open[kind])
+		}
+	}
+}
+
+// readsOpen says which reads a step takes: by index if they need not wait for
+// the end of a round, by lease also if there is one.
+func (cm *ConsensusModule) readsOpen() (open [kindsOfRead]bool) {
+	c := cm.core
+	var index, lease bool
+	switch {
+	case c.role == Leader:
+		index = c.takesReads()
+		lease = index || c.holdsLease()
+	case c.role != Dead && c.leader != 0:
+		index = len(cm.reads.asked) == 0
+		lease = index
+	}
+	open[readKind(false)], open[readKind(true)] = index, lease
+	return open
+}
+
+// takeReads gives the reads that wait to the core if it leads, or asks the
+// leader. The module's lock is held.
+func (cm *ConsensusModule) takeReads() {
+	q := &cm.reads
+	var taken []*sharedRead
+	lease := true // will do for all
+	for kind, open := range cm.readsOpen() {
+		if open && q.next[kind].Load().wanted.Load() {
+			taken = append(taken, q.renew(cm, kind))
+			lease = lease && kind == readKind(true)
+		}
+	}
+	c := cm.core
+	switch {
+	case len(taken) == 0:
+	case c.role == Leader:
+		cm.lookAtClock() // a read may have begun since this step did: a lease must hold after that
+		for _, r := range taken {
+			c.read(c.self, r.lease, r)
+		}
+	default:
+		q.asked = taken
+		if !cm.transport.ask(c.leader, lease) {
+			cm.readsAnswered(&readReply{Refused: true}, nil)
+		}
+	}
+}
+
+// readsAnswered takes the leader's answer, or none. The module's lock is held.
+func (cm *ConsensusModule) readsAnswered(r *readReply, err error) {
+	a := readAnswer{index: r.Index, ok: err == nil && !r.Refused}
+	for _, round := range cm.reads.asked {
+		round.answer(a)
+	}
+	cm.reads.asked = nil
 }
 
 // ReadLease is ReadIndex, but a leader that holds a lease answers by its clock and
@@ -71,56 +183,45 @@ func (s *Server) linearize(ctx context.Context, lease bool) (Index, error) {
 	}
 	for {
 		index, ok, err := s.askReadIndex(ctx, lease)
-		if ok {
-			err = s.WaitApplied(ctx, index)
-		}
 		if ok && err == nil && h != nil {
 			h.readAllowed(s.conf.ID, floor, index)
 		}
 		if ok || err != nil {
 			return index, err
 		}
+		s.pauseFor(ctx)
 	}
 }
 
-// askReadIndex asks once, when there is somebody to ask. It returns false if it
-// is worth asking again.
-func (s *Server) askReadIndex(ctx context.Context, lease bool) (Index, bool, error) {
+// askReadIndex waits for the answer of one round. It returns false if it is
+// worth asking again.
+func (s *Server) askReadIndex(ctx context.Context, lease bool) (_ Index, ok bool, _ error) {
 	cm := s.cm
-	w := &readWait{lease: lease, done: make(chan struct{})}
-	var done <-chan struct{} // nil: nobody was asked
-	cm.mu.Lock()
-	changed := cm.changed
-	switch c := cm.core; {
-	case c.role == Leader:
-		done = w.done
-		cm.transition(func(c *core) { c.read(c.self, lease, w) })
-	case c.leader != 0:
-		done = w.done
-		s.remote.waiting = append(s.remote.waiting, w)
-		s.sendReads()
-	}
-	cm.unlock()
-	if done != nil {
-		changed = nil // whoever ends to lead refuses what it was asked
+	r, first := cm.reads.join(lease)
+	if first {
+		if lease {
+			// The step answers at once if there is a lease. Those who are about to
+			// read too should be in it, and not each take a step of its own.
+			runtime.Gosched()
+		}
+		cm.tryStep()
 	}
 	select {
-	case <-done:
-		if w.ok {
-			return w.index, true, nil
-		}
-		s.pauseFor(ctx)
-	case <-changed:
+	case <-r.done:
+		return r.index, r.ok, r.err
 	case <-ctx.Done():
 	case <-cm.done:
 	}
-	switch {
-	case isClosed(cm.done):
+	if isClosed(cm.done) {
 		return 0, false, ErrStopped
-	case ctx.Err() != nil:
-		return 0, false, fmt.Errorf("%w: %w", ErrNoLeader, ctx.Err())
 	}
-	return 0, false, nil
+	cm.mu.Lock()
+	answered := r.ok
+	cm.unlock()
+	if answered { // and not applied here yet
+		return 0, false, ctx.Err()
+	}
+	return 0, false, fmt.Errorf("%w: %w", ErrNoLeader, ctx.Err())
 }
 
 // pauseFor waits before a read that was refused is asked for again.
@@ -130,33 +231,6 @@ func (s *Server) pauseFor(ctx context.Context) {
 	select {
 	case <-ctx.Done():
 	case <-s.cm.done:
-	}
-}
-
-// sendReads asks the leader for the reads that wait, unless it is being asked.
-// The module's lock is held.
-func (s *Server) sendReads() {
-	r := &s.remote
-	if len(r.asked) > 0 || len(r.waiting) == 0 {
-		return
-	}
-	r.asked, r.waiting = r.waiting, nil
-	r.to = s.cm.core.leader
-	l := s.link(r.to, channelRead)
-	needsRound := slices.ContainsFunc(r.asked, func(w *readWait) bool { return !w.lease })
-	if l == nil || !l.push(outgoing{ask: &readArgs{Lease: !needsRound}}) {
-		r.answer(readAnswer{})
-	}
-}
-
-// readsAnswered takes the leader's answer, or none. The module's lock is held.
-func (s *Server) readsAnswered(r *readReply, err error) {
-	s.remote.answer(readAnswer{index: r.Index, ok: err == nil && !r.Refused})
-	if s.cm.core.leader != 0 && s.cm.core.role != Leader {
-		s.sendReads()
-	} else {
-		s.remote.asked, s.remote.waiting = s.remote.waiting, nil
-		s.remote.answer(readAnswer{})
 	}
 }
 

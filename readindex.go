@@ -33,6 +33,10 @@ func (c *core) readIndex(from memberID, token any) {
 	c.reads.waiting = append(c.reads.waiting, readRequest{from, token})
 }
 
+// takesReads tells whether a read that comes now need not wait for the end of
+// a round that has begun, or for the next one.
+func (c *core) takesReads() bool { return len(c.reads.asked)+len(c.reads.waiting) == 0 }
+
 // continueReads begins a round for reads that wait, or refuses all if this
 // server does not lead. A new leader's commit index may be behind what its
 // predecessor has acknowledged, until it has committed an entry of its own: §8.

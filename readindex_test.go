@@ -333,6 +333,56 @@ func TestReadsDuringElections(t *testing.T) {
 	})
 }
 
+// Reads that wait share a round, on the leader and on a follower: many readers
+// cost as much as one.
+func TestReadersShareRounds(t *testing.T) {
+	snapshots(t, 3, func(t *testing.T, h *Harness) {
+		leader, _ := h.CheckSingleLeader()
+		for i := range 3 {
+			s := h.Server(i)
+			time.Sleep(time.Second)
+			synctest.Wait()
+			before := readRound(h.Server(leader))
+			var wg sync.WaitGroup
+			s.cm.mu.Lock() // no step takes a read meanwhile, and joining a round needs no lock
+			for range 100 {
+				wg.Go(func() {
+					if _, err := s.ReadIndex(t.Context()); err != nil {
+						t.Error(err)
+					}
+				})
+			}
+			synctest.Wait()
+			s.cm.unlock()
+			wg.Wait()
+			if n := readRound(h.Server(leader)) - before; n != 1 {
+				t.Errorf("100 reads at once on node %d (leader %d) took %d rounds", i, leader, n)
+			}
+		}
+	})
+}
+
+// A read that begins after a step has taken those before it belongs to the next round.
+func TestReadIsNotInARoundThatHasBegun(t *testing.T) {
+	snapshots(t, 3, func(t *testing.T, h *Harness) {
+		leader, _ := h.CheckSingleLeader()
+		cm := h.Server(leader).cm
+		cm.mu.Lock()
+		first, _ := cm.reads.join(false)
+		cm.transition(func(*core) {})
+		second, isFirst := cm.reads.join(false)
+		cm.unlock()
+		if first == second || !isFirst {
+			t.Fatal("a read joined a round that had begun")
+		}
+		<-first.done
+		<-second.done
+		if !first.ok || !second.ok || second.index < first.index {
+			t.Errorf("answers: %+v and %+v", first.appliedWait, second.appliedWait)
+		}
+	})
+}
+
 // A read ends with the node, and with its context where there is no leader.
 func TestReadEnds(t *testing.T) {
 	snapshots(t, 3, func(t *testing.T, h *Harness) {

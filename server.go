@@ -39,8 +39,7 @@ type Server struct {
 	links     map[linkKey]*link
 	forwards  map[memberID]int // unanswered batches of proposals
 	formation *formation       // while forming
-	remote    remoteReads
-	boots     bootMemory // of peers
+	boots     bootMemory       // of peers
 
 	mu     sync.Mutex        // the innermost lock
 	conns  map[net.Conn]bool // true: it has said who it is, or was dialled
@@ -266,23 +265,19 @@ func (s *Server) submit(kind entryKind, head, cmd []byte, id *RequestID) *Propos
 func (s *Server) WaitApplied(ctx context.Context, i Index) error {
 	cm := s.cm
 	cm.mu.Lock()
-	done := cm.pending.wait(i)
+	w := &appliedWait{index: i, done: make(chan struct{})}
+	cm.pending.wait(w)
 	cm.core.want(i)
 	cm.unlock()
 	select {
-	case <-done:
+	case <-w.done:
+		return w.err
 	case <-ctx.Done():
 		cm.mu.Lock()
-		cm.pending.cancel(done)
+		cm.pending.cancel(w)
 		cm.unlock()
 		return ctx.Err()
 	}
-	cm.mu.Lock()
-	defer cm.unlock()
-	if cm.pending.applied < i {
-		return errors.Unwrap(cm.pending.stopped)
-	}
-	return nil
 }
 
 // WaitLeadership returns once this node leads and has applied everything

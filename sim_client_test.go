@@ -14,6 +14,7 @@ type simClients struct {
 	answered int
 	unknown  int
 	calls    []*simCall // forwards under way
+	sessions []*simSession
 }
 
 type simOpState uint8
@@ -33,9 +34,19 @@ type simOp struct {
 	state     simOpState
 	invoked   time.Duration
 	returned  time.Duration
-	floor     Index // everything up to here was answered before this began
-	committed Index
+	floor     Index  // everything up to here was answered before this began
+	committed Index  // where it was executed
 	value     uint64 // what it read
+
+	// Of a client with a session.
+	session  *simSession
+	kind     entryKind
+	seq      uint64
+	cmd      []byte
+	asking   int    // attempts under way
+	attempts int    // of all
+	unknown  bool   // some attempt may be executed yet
+	result   Result // the first answer
 }
 
 // simBatch is proposals forwarded together.
@@ -44,7 +55,20 @@ type simBatch struct {
 	ended bool
 }
 
-func (l *simClients) init(*sim) { l.byProp = map[*Proposal]*simOp{} }
+func (l *simClients) init(s *sim) {
+	l.byProp = map[*Proposal]*simOp{}
+	for range s.swarm.sessions {
+		l.sessions = append(l.sessions, &simSession{})
+	}
+}
+
+// newOp begins a command.
+func (l *simClients) newOp(s *sim) *simOp {
+	w := &s.swarm
+	op := &simOp{p: &Proposal{}, id: uint64(len(l.ops) + 1), key: byte(s.rng.IntN(w.keys)), write: s.chance(0.5), invoked: s.now, floor: l.newest}
+	l.ops = append(l.ops, op)
+	return op
+}
 
 // arrive lets a client propose a few commands at some node.
 func (l *simClients) arrive(s *sim) {
@@ -84,13 +108,9 @@ func (l *simClients) arrive(s *sim) {
 		return // it leads on its way out
 	}
 	var b entryBuilder
-	var props []*Proposal
-	for range s.between(1, w.batchMax) {
-		op := &simOp{p: &Proposal{}, id: uint64(len(l.ops) + 1), key: byte(s.rng.IntN(w.keys)), write: s.chance(0.5), invoked: s.now, floor: l.newest}
-		l.ops = append(l.ops, op)
-		l.byProp[op.p] = op
-		b.add(entryCommand, simCommand(op.id, op.key, op.write, s.rng.IntN(w.dataMax+1)))
-		props = append(props, op.p)
+	props := l.draw(s, &b)
+	if len(props) == 0 {
+		return
 	}
 	if c.outOfSpace() {
 		s.losses.Rejected += len(props)
@@ -116,6 +136,22 @@ func (l *simClients) arrive(s *sim) {
 	l.calls = append(l.calls, call)
 	s.transmit(&simMsg{call: call})
 	s.push(simEvent{at: s.now + s.someTimeouts(0.5, 4), kind: evForwardTimeout, node: n.i, run: n.run, msg: &simMsg{call: call}})
+}
+
+// draw makes up what a client asks for at once.
+func (l *simClients) draw(s *sim, b *entryBuilder) (props []*Proposal) {
+	w := &s.swarm
+	for range s.between(1, w.batchMax) {
+		if len(l.sessions) > 0 && s.chance(w.sessionP) {
+			props = l.useSession(s, b, props)
+			continue
+		}
+		op := l.newOp(s)
+		l.byProp[op.p] = op
+		b.add(entryCommand, simCommand(op.id, op.key, op.write, s.rng.IntN(w.dataMax+1)))
+		props = append(props, op.p)
+	}
+	return props
 }
 
 // lag returns how many entries the longest log has that some node lacks: those
@@ -225,6 +261,10 @@ func (l *simClients) settle(s *sim, props []*Proposal) {
 	for _, p := range props {
 		op := l.byProp[p]
 		delete(l.byProp, p)
+		if op != nil && op.session != nil {
+			l.attemptEnds(s, op, p)
+			continue
+		}
 		if op == nil || op.state != opWaiting {
 			s.fail("a proposal was settled twice: %+v", op)
 		}
@@ -232,7 +272,7 @@ func (l *simClients) settle(s *sim, props []*Proposal) {
 		switch {
 		case p.err == nil:
 			op.state = opAnswered
-			l.answer(s, op)
+			l.answer(s, op, p.result)
 		case errors.Is(p.err, ErrOutcomeUnknown):
 			op.state = opUnknown
 			l.unknown++
@@ -248,8 +288,7 @@ func (l *simClients) settle(s *sim, props []*Proposal) {
 // answer checks linearizability with the log's order as the witness: the
 // result is what the log says at that place, and the place is after everything
 // that was answered before this command began.
-func (l *simClients) answer(s *sim, op *simOp) {
-	r := op.p.result
+func (l *simClients) answer(s *sim, op *simOp, r Result) {
 	l.answered++
 	if op.committed != r.Index {
 		s.fail("21 command %d was answered with entry %d, it is committed as entry %d", op.id, r.Index, op.committed)
@@ -265,7 +304,7 @@ func (l *simClients) answer(s *sim, op *simOp) {
 	l.newest = max(l.newest, r.Index)
 }
 
-// committed is told of every command that commits, once.
+// committed is told of every command that commits and is executed.
 func (l *simClients) committed(s *sim, i Index, data []byte) {
 	op := l.ops[binary.LittleEndian.Uint64(data)-1]
 	if op.committed != 0 {

@@ -74,47 +74,50 @@ type simEvent struct {
 // which faults occur how often. Averages over all of them would find less: a
 // bug often needs one fault to be frequent and another to be absent.
 type simSwarm struct {
-	nodes, voters int // founders, and how many of them vote
-	spares        int // nodes that wait to be added; zero where the membership is fixed
-	membersEvery  time.Duration
-	timeout       time.Duration
-	wal           bool // the real log on a file system that loses power
-	ordered       bool // append streams keep their order, as TCP would
-	delayMin      time.Duration
-	delayMean     time.Duration
-	tailP         float64 // a message takes much longer
-	oldP          float64 // a reply takes several election timeouts
-	dropP         float64
-	breakP        float64 // an append breaks its connection
-	dupP          float64
-	flushMean     time.Duration
-	flushTailP    float64
-	flushFailP    float64
-	boundaryP     float64 // a crash is armed at one of the next saves and sends
-	applyMean     time.Duration
-	readMean      time.Duration
-	readTailP     float64 // a read of the log takes up to ten election timeouts
-	tailBytes     int     // the most that nodes hold in memory
-	nemesisEvery  time.Duration
-	nemeses       []int
-	clientEvery   time.Duration
-	batchMax      int
-	dataMax       int
-	keys          int
-	lagMax        Index // clients pause while a node is this far behind
-	rounds        int
-	roundTimeouts int     // length of a round of faults in election timeouts
-	snapshotP     float64 // a node takes a snapshot after it has applied something
-	snapshotFailP float64
-	snapshotSlowP float64
-	installLateP  float64       // a stored snapshot takes much longer to be installed
-	blockBytes    int           // of a snapshot, in one message
-	stateMax      int           // bytes of padding in a snapshot
-	prepareP      float64       // the real log is tended after a flush: segments prepared and reclaimed
-	losses        int           // how many voters may lose their disk; always a minority
-	lease         time.Duration // that leaders ask for; zero: there are none
-	driftPercent  int           // that leases allow for
-	clockSpread   float64       // by how much rates of clocks do differ, where there are leases
+	nodes, voters  int // founders, and how many of them vote
+	spares         int // nodes that wait to be added; zero where the membership is fixed
+	membersEvery   time.Duration
+	timeout        time.Duration
+	wal            bool // the real log on a file system that loses power
+	ordered        bool // append streams keep their order, as TCP would
+	delayMin       time.Duration
+	delayMean      time.Duration
+	tailP          float64 // a message takes much longer
+	oldP           float64 // a reply takes several election timeouts
+	dropP          float64
+	breakP         float64 // an append breaks its connection
+	dupP           float64
+	flushMean      time.Duration
+	flushTailP     float64
+	flushFailP     float64
+	boundaryP      float64 // a crash is armed at one of the next saves and sends
+	applyMean      time.Duration
+	readMean       time.Duration
+	readTailP      float64 // a read of the log takes up to ten election timeouts
+	tailBytes      int     // the most that nodes hold in memory
+	nemesisEvery   time.Duration
+	nemeses        []int
+	clientEvery    time.Duration
+	batchMax       int
+	dataMax        int
+	keys           int
+	lagMax         Index // clients pause while a node is this far behind
+	rounds         int
+	roundTimeouts  int     // length of a round of faults in election timeouts
+	snapshotP      float64 // a node takes a snapshot after it has applied something
+	snapshotFailP  float64
+	snapshotSlowP  float64
+	installLateP   float64 // a stored snapshot takes much longer to be installed
+	blockBytes     int     // of a snapshot, in one message
+	stateMax       int     // bytes of padding in a snapshot
+	prepareP       float64 // the real log is tended after a flush: segments prepared and reclaimed
+	sessions       int     // clients with a session
+	sessionP       float64 // a command is one of theirs
+	sessionTimeout time.Duration
+	losses         int           // how many voters may lose their disk; always a minority
+	lease          time.Duration // that leaders ask for; zero: there are none
+	driftPercent   int           // that leases allow for
+	clockSpread    float64       // by how much rates of clocks do differ, where there are leases
 }
 
 type sim struct {
@@ -149,6 +152,7 @@ type sim struct {
 	losses           simLosses
 	snaps            simSnapshots
 	reads            simReads
+	sessions         simSessionCounts
 	hash             uint64
 	ring             []simRecord
 	done             bool
@@ -181,6 +185,7 @@ type simResult struct {
 	losses    simLosses
 	snaps     simSnapshots
 	reads     simReads
+	sessions  simSessionCounts
 	timeout   time.Duration
 	nodes     int
 	members   simMembers
@@ -202,7 +207,7 @@ func runSim(seed uint64, plan simPlan) (res simResult) {
 	s := newSim(seed, plan)
 	defer func() {
 		res.struck, res.timeout, res.losses, res.snaps, res.reads = s.struck, s.swarm.timeout, s.losses, s.snaps, s.reads
-		res.nodes = len(s.nodes)
+		res.nodes, res.sessions = len(s.nodes), s.sessions
 		res.hash, res.steps, res.simulated, res.healTimes = s.hash, s.steps, s.now, s.healTimes
 		res.committed, res.elections = Index(len(s.book.committed)), s.book.elections
 		res.judged, res.members = s.judged, s.members
@@ -251,6 +256,7 @@ func newSim(seed uint64, plan simPlan) *sim {
 	s.ring = make([]simRecord, 0, 512)
 	s.drawSwarm()
 	s.drawMembers()
+	s.drawSessions()
 	s.drawLeases()
 	s.drawHangs()
 	if plan.tune != nil {
@@ -626,6 +632,7 @@ type simSummary struct {
 	losses                  simLosses
 	snaps                   simSnapshots
 	reads                   simReads
+	sessions                simSessionCounts
 	answered, unknown       int
 	committed               Index
 	members                 simMembers
@@ -640,6 +647,7 @@ func (t *simSummary) add(r simResult) {
 	t.members.add(&r.members)
 	t.snaps.add(r.snaps)
 	t.reads.add(r.reads)
+	t.sessions.add(r.sessions)
 	t.steps += r.steps
 	t.elections += r.elections
 	t.answered += r.ok
@@ -657,9 +665,9 @@ func (t *simSummary) String() string {
 		}
 		return t.heals[int(p*float64(len(t.heals)-1))]
 	}
-	return fmt.Sprintf("%d seeds, %d steps in %v (%.0f/s), %v simulated (%.0f times real time), %d committed, %d elections, %d answered, %d unknown, %d histories judged by porcupine; disks: %+v; snapshots: %+v; reads: %+v; %v; %d times healed: p50 %.2f p99 %.2f max %.2f election timeouts",
+	return fmt.Sprintf("%d seeds, %d steps in %v (%.0f/s), %v simulated (%.0f times real time), %d committed, %d elections, %d answered, %d unknown, %d histories judged by porcupine; disks: %+v; snapshots: %+v; reads: %+v; sessions: %+v; %v; %d times healed: p50 %.2f p99 %.2f max %.2f election timeouts",
 		t.seeds, t.steps, t.wall.Round(time.Millisecond), float64(t.steps)/t.wall.Seconds(), t.simulated.Round(time.Second), t.simulated.Seconds()/t.wall.Seconds(),
-		t.committed, t.elections, t.answered, t.unknown, t.judged, t.losses, t.snaps, t.reads, &t.members, len(t.heals), at(0.5), at(0.99), at(1))
+		t.committed, t.elections, t.answered, t.unknown, t.judged, t.losses, t.snaps, t.reads, t.sessions, &t.members, len(t.heals), at(0.5), at(0.99), at(1))
 }
 
 // TestSim runs fresh seeds, or the one of -sim.seed.
@@ -675,7 +683,7 @@ func TestSim(t *testing.T) {
 	t.Logf("fresh seeds from -sim.base=%d", base)
 	sum := runSeeds(t, base, *simSeeds, *simDuration)
 	t.Log(sum)
-	if sum.seeds >= 20 && (sum.committed == 0 || sum.members.committed == 0 || sum.answered == 0 || sum.reads.allowed == 0 || sum.reads.refused == 0 || len(sum.heals) == 0) {
+	if sum.seeds >= 20 && (sum.committed == 0 || sum.members.committed == 0 || sum.answered == 0 || sum.reads.allowed == 0 || sum.reads.refused == 0 || sum.sessions.Opened == 0 || sum.sessions.Asked == 0 || len(sum.heals) == 0) {
 		t.Errorf("the simulation did nothing: %v", sum)
 	}
 }

@@ -457,9 +457,12 @@ func TestProposalsInsideSnapshot(t *testing.T) {
 	w.add(EntryID{5, 2}, []*Proposal{inside})
 	w.add(EntryID{9, 2}, []*Proposal{at, later})
 	w.add(EntryID{12, 1}, []*Proposal{over})
-	early, late := w.wait(8), w.wait(11)
+	early := &appliedWait{index: 8, done: make(chan struct{})}
+	late := &appliedWait{index: 11, done: make(chan struct{})}
+	w.wait(early)
+	w.wait(late)
 	settled, woken := w.jump(EntryID{9, 2})
-	if len(settled) != 3 || settled[0] != inside || settled[1] != at || settled[2] != over || len(woken) != 1 || woken[0] != early {
+	if len(settled) != 3 || settled[0] != inside || settled[1] != at || settled[2] != over || len(woken) != 1 || woken[0] != early.done {
 		t.Fatalf("settled %v, woken %v", settled, woken)
 	}
 	if !errors.Is(inside.err, ErrOutcomeUnknown) || !errors.Is(at.err, ErrOutcomeUnknown) || !errors.Is(over.err, ErrSuperseded) {
@@ -470,7 +473,7 @@ func TestProposalsInsideSnapshot(t *testing.T) {
 		t.Errorf("the leader's answer comes after the snapshot: %v", more.err)
 	}
 	settled, woken = w.onApplied(sealed(10, 2, "x", "y"), outcomes{data: [][]byte{[]byte("r"), nil}}, nil, nil)
-	if len(settled) != 1 || settled[0] != later || later.err != nil || string(later.result.Data) != "r" || len(woken) != 1 || woken[0] != late {
+	if len(settled) != 1 || settled[0] != later || later.err != nil || string(later.result.Data) != "r" || len(woken) != 1 || woken[0] != late.done {
 		t.Errorf("settled %v, told %+v and %v", settled, later.result, later.err)
 	}
 }

@@ -169,6 +169,37 @@ func TestSnapshot(t *testing.T) {
 	})
 }
 
+// What a session was answered stays its answer after a crash, and adds nothing
+// a second time: the database has both in one transaction.
+func TestSession(t *testing.T) {
+	cluster(t, func(t *testing.T, h *raft.Harness, machines []*bolt.Machine) {
+		h.CheckSingleLeader()
+		session, err := h.Server(0).OpenSession(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		for i := range 20 {
+			id := raft.RequestID{Session: session, Seq: uint64(i + 1), DoneBelow: uint64(i + 1)}
+			for try := range 3 {
+				r, err := h.Server((i+try)%3).ProposeOnce(t.Context(), id, []byte("a 1"))
+				if err != nil || string(r.Data) != strconv.Itoa(i+1) {
+					t.Fatalf("request %d, try %d: %q, %v", i+1, try, r.Data, err)
+				}
+				if try == 0 {
+					h.CrashPeer(i % 3)
+					h.RestartPeer(i % 3)
+				}
+			}
+		}
+		for i := range 3 {
+			applied(t, h, i)
+			if got := number(machines[i], "a"); got != "20" {
+				t.Errorf("node %d has %q, want 20", i, got)
+			}
+		}
+	})
+}
+
 // A failing transaction changes nothing, and the node says why it stopped.
 func TestApplyFails(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
