@@ -117,7 +117,7 @@ type Config struct {
 	// ElectionTimeout, and one minute. A follower promises whatever its leader asks
 	// for, and keeps that also after a restart, which begins with the longest
 	// promise ever made. Linux only: elsewhere a leader does not see that the
-	// machine has slept.
+	// machine has slept. It needs check-quorum.
 	LeaseDuration time.Duration
 	// MaxClockDriftPercent is by how much the clock of one node may run faster than
 	// that of another during a lease; default 5. ReadLease is wrong if they differ
@@ -263,6 +263,9 @@ func (c *Config) validateTiming(bad func(string, ...any)) {
 	}
 	if lo, hi := 2*c.HeartbeatInterval, min(c.ElectionTimeout, maxLeasePromise); c.LeaseDuration < lo || c.LeaseDuration > hi {
 		bad("LeaseDuration: %v is outside %v to %v: a shorter one would end between two heartbeats, a longer one would hold up elections", c.LeaseDuration, lo, hi)
+	}
+	if c.DisableCheckQuorum {
+		bad("LeaseDuration: needs check-quorum: a leader that can send but not receive would be promised for ever that nobody else is elected")
 	}
 	if _, err := c.sleptFor(); err != nil {
 		bad("LeaseDuration: %w; leave it zero on this machine: ReadIndex needs no clock", err)

@@ -122,6 +122,7 @@ func TestConfigBadFields(t *testing.T) {
 			c.LeaseDuration = time.Second
 			c.sleptFor = func() (sleep, error) { return sleep{0, forever}, errors.New("no such clock") }
 		}},
+		{"LeaseDuration", func(c *Config) { c.LeaseDuration, c.DisableCheckQuorum, c.DisablePreVote = time.Second, true, true }},
 		{"MaxClockDriftPercent", func(c *Config) { c.MaxClockDriftPercent = -1 }},
 		{"MaxClockDriftPercent", func(c *Config) { c.MaxClockDriftPercent = 101 }},
 	} {

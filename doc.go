@@ -50,7 +50,8 @@ majority of its nodes lives.
   - A command proposed by [Server.ProposeOnce] takes effect once, however often
     and on whichever node it is sent, and always gets its original result, while
     its session lasts.
-  - Reading the state machine after [Server.ReadIndex] is linearizable.
+  - Reading the state machine after [Server.ReadIndex] is linearizable. After
+    [Server.ReadLease] it is while clocks keep to [Config.MaxClockDriftPercent].
   - At most one node leads a term. Terms are fencing tokens.
   - A data directory that is damaged, of another node, or of a newer format is
     refused with a [CorruptError] or [IdentityError]; nothing in it is changed.
@@ -64,6 +65,8 @@ majority of its nodes lives.
     except by [Server.ProposeOnce].
   - Reading the state machine directly may return old data, on the leader too.
     Call [Server.ReadIndex] first.
+  - Reads by [Server.ReadLease] are wrong where the rates of clocks differ by
+    more than the configuration says. Leases are off by default.
   - Nodes are trusted: a node that lies, or a disk that says it has synced what
     it has not, breaks every promise.
   - A data directory that was set back to an older state is found out only by a
@@ -83,10 +86,11 @@ state machine is called by one goroutine at a time.
 
 In this order: core.go (the state of Figure 2 and what one transition leaves to
 do), election.go, replication.go, quorum.go, log.go, progress.go, change.go,
-transfer.go, snapshot.go, readindex.go, session.go, health.go, then outbox.go
-and pending.go (what may leave when, and who is told what). raft.go and apply.go
-drive them with goroutines, server.go is the user's handle, link.go and serve.go
-the two ends of a connection, disk.go the storage. docs/DESIGN.md explains how
-they fit together, docs/DIVERGENCE.md where they differ from the paper.
+transfer.go, snapshot.go, readindex.go, lease.go, session.go, health.go, then
+outbox.go and pending.go (what may leave when, and who is told what). raft.go
+and apply.go drive them with goroutines, server.go is the user's handle, link.go
+and serve.go the two ends of a connection, disk.go the storage. docs/DESIGN.md
+explains how they fit together, docs/DIVERGENCE.md where they differ from the
+paper.
 */
 package raft

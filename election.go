@@ -283,7 +283,11 @@ func (c *core) leaderLeft(leader memberID) {
 			turn++
 		}
 	}
-	if at := c.now.Add(time.Duration(turn) * c.limits.electionTimeout / 8); at.Before(c.electionDeadline) {
+	from := c.now
+	if c.hasPromisedAgainst(c.self) {
+		from = c.promisedUntil // and so have the others: about the same
+	}
+	if at := from.Add(time.Duration(turn) * c.limits.electionTimeout / 8); at.Before(c.electionDeadline) {
 		c.electionDeadline = at
 	}
 }

@@ -397,6 +397,35 @@ func TestPromiserDoesNotCampaign(t *testing.T) {
 	}
 }
 
+// A leader that hangs up is waited for until the promise ends, and no longer; who
+// asks for a vote before is refused, whoever saw the connections close.
+func TestPromiseOutlivesTheLeadersConnections(t *testing.T) {
+	for _, lease := range []time.Duration{0, 500 * time.Millisecond} {
+		c := testCore(t, 1, 3)
+		c.limits.preVote = true
+		hear(t, c, &appendArgs{Term: 1, Leader: 2, Prev: EntryID{1, 0}, Heartbeat: true, Lease: lease})
+		end := c.now.Add(lease)
+		c.now = c.now.Add(10 * time.Millisecond)
+		c.leaderLeft(2)
+		if lease == 0 {
+			end = c.now
+		}
+		if want := end.Add(c.limits.electionTimeout / 8); !c.electionDeadline.Equal(want) {
+			t.Errorf("promised %v: it campaigns after %v, want %v", lease, c.electionDeadline.Sub(c.now), want.Sub(c.now))
+		}
+		for _, at := range []time.Time{end.Add(-1), end} {
+			if c.now = at; c.protectsLeader(&voteArgs{Term: 2, Candidate: 3, PreVote: true}) != at.Before(end) && lease > 0 {
+				t.Errorf("promised %v: %v before its end a pre-vote is refused: %v", lease, end.Sub(at), at.Equal(end))
+			}
+		}
+		c.now = c.electionDeadline
+		c.tick()
+		if persist(t, c); c.campaign == nil || !c.campaign.preVote {
+			t.Errorf("promised %v: it does not ask for pre-votes", lease)
+		}
+	}
+}
+
 // The first reply that says so waits until the promise is durable, later ones
 // only if they exceed it; after a restart it is kept in full, once.
 func TestPromiseIsDurableFirst(t *testing.T) {
