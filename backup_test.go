@@ -225,9 +225,10 @@ func refusedByCluster(t *testing.T, servers ...*Server) {
 func eventsOf(s *Server) (list []Event) {
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
-	s.emit(Event{Kind: EventStarted, Detail: "the last one"})
+	last := fmt.Sprint("the last one: ", rand.Uint64()) // an earlier call has left its own
+	s.emit(Event{Kind: EventStarted, Detail: last})
 	for e := range s.Events(ctx) {
-		if e.Detail == "the last one" {
+		if e.Detail == last {
 			break
 		}
 		list = append(list, e)

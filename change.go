@@ -120,6 +120,8 @@ func (c *core) changeMembers(edit func(list []Member) ([]Member, error)) (EntryI
 	switch {
 	case c.role != Leader:
 		return refuse(MembershipNotLeader)
+	case c.log.start.Index < c.inherited:
+		return refuse(MembershipTooEarly) // see snapshotTaken
 	case c.commitIndex < c.firstOfTerm:
 		return refuse(MembershipTooEarly) // else two configurations could overlap without a common majority
 	case newest.index > c.commitIndex || newest.conf.joint:

@@ -31,6 +31,7 @@ type core struct {
 	directory        [16]byte      // ID of its data directory
 	configuration    configuration // the newest in the log, which is also the last of configs
 	configs          []configEntry // the newest committed one and those after it
+	inherited        Index         // up to before this entry the log is that of another cluster, which this server survived
 	newestSnapshot   EntryID       // the last entry of the newest durable snapshot of this server
 	replacedBy       *SnapshotMeta // it has replaced the log in this transition
 	electionDeadline time.Time     // a follower or candidate campaigns then; a leader checks its quorum
@@ -160,6 +161,11 @@ func newCore(self memberID, l limits, rec Recovered, conf configuration, rng *ra
 		c.configs = append(c.configs, configEntry{o.index, older})
 	}
 	c.configs = append(c.configs, configEntry{rec.ConfigIndex, conf})
+	for i := 1; i < len(c.configs); i++ {
+		if c.configs[i].conf.clusterUUID != c.configs[i-1].conf.clusterUUID {
+			c.inherited = c.configs[i].index
+		}
+	}
 	if n := len(rec.Tail); n > 0 {
 		c.sawTime(rec.Tail[n-1])
 	}

@@ -103,16 +103,9 @@ func (d *diskStorage) Open(ctx context.Context, id Identity) (rec Recovered, err
 	if err != nil {
 		return rec, d.explain(err)
 	}
-	if d.gap && d.startsAnew {
-		// It is before the oldest entry, and yet what is between them was
-		// released: a snapshot has replaced the log, and nothing has followed.
-		l = newRaftLog(EntryID{Index: d.newestStart.Index}, d.newestStart.Index, nil, nil)
-		d.spans, d.configs = nil, nil
-		d.replayStart(&l, d.newestStart, d.newestConf)
-	}
-	if d.gap {
+	if err = d.replayed(&l); err != nil {
 		d.log.Close()
-		return rec, &CorruptError{File: d.options.Dir, Found: fmt.Sprintf("a log whose oldest entry is %d, without a record of where it starts", l.start.Index+1), Do: doRestore}
+		return rec, err
 	}
 	if d.copied {
 		err = d.writeIdentity(d.identityFile(), rec.DirectoryID, id)
@@ -128,17 +121,45 @@ func (d *diskStorage) Open(ctx context.Context, id Identity) (rec Recovered, err
 		d.log.Close()
 		return rec, err
 	}
+	d.recovered(&rec, &l)
+	return rec, nil
+}
+
+// recovered gives out what was replayed.
+func (d *diskStorage) recovered(rec *Recovered, l *raftLog) {
 	rec.Start, rec.Last, rec.Runs, rec.Tail = l.start, l.last, l.runs, l.tail
 	d.start = l.start
-	d.configs.recovered(&rec)
-	return rec, nil
+	d.configs.recovered(rec)
+}
+
+// replayed is called when all records were replayed: now it shows where the log starts.
+func (d *diskStorage) replayed(l *raftLog) error {
+	if d.gap && d.startsAnew {
+		// It is before the oldest entry, and yet what is between them was
+		// released: a snapshot has replaced the log, and nothing has followed.
+		*l = newRaftLog(EntryID{Index: d.newestStart.Index}, d.newestStart.Index, nil, nil)
+		d.spans, d.configs = nil, nil
+		d.replayStart(l, d.newestStart, d.newestConf)
+	}
+	if d.gap {
+		return &CorruptError{File: d.options.Dir, Found: fmt.Sprintf("a log whose oldest entry is %d, without a record of where it starts", l.start.Index+1), Do: doRestore}
+	}
+	return nil
+}
+
+func (d *diskStorage) lockFile() string { return filepath.Join(d.dir, "lock") }
+
+// layOut says where the parts of the directory are.
+func (d *diskStorage) layOut() {
+	d.options.FS, d.options.Dir = d.fs, filepath.Join(d.dir, "wal")
+	d.options.Carry = []byte{recordHardState, recordStart, recordBoot, recordHistory}
+	d.snapshots = snapshotStore{storage: d, dir: filepath.Join(d.dir, "snap")}
 }
 
 // takeLock takes the directory, which must exist, for this storage alone.
 func (d *diskStorage) takeLock() (err error) {
-	d.options.FS, d.options.Dir = d.fs, filepath.Join(d.dir, "wal")
-	d.snapshots = snapshotStore{storage: d, dir: filepath.Join(d.dir, "snap")}
-	d.lock, err = d.fs.Lock(filepath.Join(d.dir, "lock"))
+	d.layOut()
+	d.lock, err = d.fs.Lock(d.lockFile())
 	if errors.Is(err, vfs.ErrLocked) {
 		return &InUseError{Dir: d.dir, Err: err}
 	}
@@ -151,7 +172,6 @@ func (d *diskStorage) takeLock() (err error) {
 // openLog opens the write-ahead log of the directory with this ID.
 func (d *diskStorage) openLog(ctx context.Context, dirID [16]byte, replay func(wal.LSN, wal.Record) error) (err error) {
 	d.options.Tag = dirID
-	d.options.Carry = []byte{recordHardState, recordStart, recordBoot, recordHistory}
 	d.options.OnSpace = d.spaceChanged
 	d.log, err = wal.Open(ctx, d.options, replay)
 	return err
@@ -509,54 +529,74 @@ func (d *diskStorage) identityFile() string { return filepath.Join(d.dir, "ident
 // exists once its identity does.
 func (d *diskStorage) openIdentity(id Identity) (dirID [16]byte, err error) {
 	name := d.identityFile()
-	f, err := d.fs.Open(name)
+	found, err := d.readIdentity()
 	if errors.Is(err, fs.ErrNotExist) {
 		return d.makeIdentity(name, id)
 	}
+	switch {
+	case err != nil:
+		return dirID, err
+	case found.Identity != id:
+		return dirID, &IdentityError{name, found.String(), id.String(), "set Config.Dir to this node's own directory; nothing was changed"}
+	case found.copied() && d.adopt:
+		d.copied = true // the file is written once the log has been accepted too
+	case found.copied():
+		return dirID, &IdentityError{name, fmt.Sprintf("a copy (inode %d)", found.ownInode), fmt.Sprintf("the original (inode %d)", found.inode),
+			"two nodes with one identity would vote twice: start the original, or, if it never will run again, set Config.AdoptDir for one start; nothing was changed"}
+	}
+	return found.directory, nil
+}
+
+// identityRead is what an identity file says, and which file it is.
+type identityRead struct {
+	Identity
+	directory       [16]byte
+	inode, ownInode uint64 // the one that it names, and its own; 0: not known
+}
+
+func (i *identityRead) copied() bool {
+	return i.ownInode != i.inode && i.ownInode != 0 && i.inode != 0
+}
+
+// readIdentity reads the identity file. If there is none, the error matches
+// fs.ErrNotExist.
+func (d *diskStorage) readIdentity() (found identityRead, err error) {
+	name := d.identityFile()
+	f, err := d.fs.Open(name)
 	if err != nil {
-		return dirID, fmt.Errorf("raft: open %s: %w", name, err)
+		return found, fmt.Errorf("raft: open %s: %w", name, err)
 	}
 	defer f.Close()
 	size, err := f.Size()
 	if err != nil {
-		return dirID, fmt.Errorf("raft: read %s: %w", name, err)
+		return found, fmt.Errorf("raft: read %s: %w", name, err)
 	}
 	b := make([]byte, min(size, 4096))
 	if n, err := f.ReadAt(b, 0); n < len(b) {
-		return dirID, fmt.Errorf("raft: read %s: %w", name, err)
+		return found, fmt.Errorf("raft: read %s: %w", name, err)
 	}
 	if len(b) < 12 || string(b[:4]) != identityMagic {
-		return dirID, &CorruptError{File: name, Found: fmt.Sprintf("%d bytes that do not begin with %s", size, identityMagic), Do: doRestore}
+		return found, &CorruptError{File: name, Found: fmt.Sprintf("%d bytes that do not begin with %s", size, identityMagic), Do: doRestore}
 	}
 	if v := binary.LittleEndian.Uint32(b[4:]); v != identityVersion {
-		return dirID, &IdentityError{name, fmt.Sprintf("format version %d", v), fmt.Sprintf("%d", identityVersion), "run the release that wrote it, or a later one; nothing was changed"}
+		return found, &IdentityError{name, fmt.Sprintf("format version %d", v), fmt.Sprintf("%d", identityVersion), "run the release that wrote it, or a later one; nothing was changed"}
 	}
 	if crc32.Checksum(b[12:], castagnoli) != binary.LittleEndian.Uint32(b[8:]) {
-		return dirID, &CorruptError{File: name, Offset: 8, Found: "a checksum that does not match", Do: doRestore}
+		return found, &CorruptError{File: name, Offset: 8, Found: "a checksum that does not match", Do: doRestore}
 	}
 	r := reader{b: b[12:]}
-	copy(dirID[:], r.bytes(16))
-	inode := r.uint64()
-	found := Identity{r.string(), NodeID(r.string())}
+	copy(found.directory[:], r.bytes(16))
+	found.inode = r.uint64()
+	found.Identity = Identity{r.string(), NodeID(r.string())}
 	if err := r.finish(); err != nil {
-		return dirID, &CorruptError{File: name, Offset: 12, Found: err.Error(), Do: doRestore}
-	}
-	if found != id {
-		return dirID, &IdentityError{name, found.String(), id.String(), "set Config.Dir to this node's own directory; nothing was changed"}
+		return found, &CorruptError{File: name, Offset: 12, Found: err.Error(), Do: doRestore}
 	}
 	info, err := d.fs.Stat(name)
 	if err != nil {
-		return dirID, fmt.Errorf("raft: %w", err)
+		return found, fmt.Errorf("raft: %w", err)
 	}
-	if info.Inode == inode || info.Inode == 0 || inode == 0 {
-		return dirID, nil
-	}
-	if d.adopt {
-		d.copied = true // the file is written once the log has been accepted too
-		return dirID, nil
-	}
-	return dirID, &IdentityError{name, fmt.Sprintf("a copy (inode %d)", info.Inode), fmt.Sprintf("the original (inode %d)", inode),
-		"two nodes with one identity would vote twice: start the original, or, if it never will run again, set Config.AdoptDir for one start; nothing was changed"}
+	found.ownInode = info.Inode
+	return found, nil
 }
 
 func (d *diskStorage) makeIdentity(name string, id Identity) (dirID [16]byte, err error) {

@@ -231,7 +231,8 @@ type MembershipReason byte
 const (
 	// MembershipNotLeader: only the leader changes the membership; ask it.
 	MembershipNotLeader MembershipReason = iota + 1
-	// MembershipTooEarly: the leader has committed nothing in its term yet; try again.
+	// MembershipTooEarly: the leader has committed nothing in its term yet, or goes
+	// on with another cluster's log and has no snapshot of its own yet; try again.
 	MembershipTooEarly
 	// MembershipPending: another change is being committed; wait for it.
 	MembershipPending
@@ -255,7 +256,7 @@ const (
 
 var membershipReasons = [...]string{
 	MembershipNotLeader: "this node does not lead; ask the leader",
-	MembershipTooEarly:  "the leader has committed nothing in its term yet; try again",
+	MembershipTooEarly:  "the leader has committed nothing in its term yet, or was just recovered and has no snapshot yet; try again",
 	MembershipPending:   "another change is being committed; wait for it and try again",
 	MembershipNoVoters:  "no voter would be left; add one first",
 	MembershipQuorum:    "a majority of the voters to be does not answer; bring them back first, or the cluster would stop",

@@ -392,3 +392,36 @@ func ExampleServer_Backup() {
 	// a backup of "examples" up to entry 4, <nil>
 	// the total is 43, <nil>
 }
+
+// Two of three disks are gone. What is left is looked at, and goes on.
+func ExampleRecover() {
+	ctx := context.Background()
+	dir := filepath.Join(os.TempDir(), fmt.Sprintf("raft-recover-%d", os.Getpid()))
+	defer os.RemoveAll(dir)
+	c := node(&total{}) // stands for three nodes
+	c.Storage, c.Dir = nil, dir
+	running := start(c)
+	running.Propose(ctx, []byte("42"))
+	running.Close()
+
+	report := raft.Inspect(ctx, dir)
+	fmt.Printf("node %s of cluster %q has entries up to %v\n", report.ID, report.ClusterID, report.Last)
+
+	_, err := raft.Recover(ctx, dir, raft.RecoverOptions{DryRun: true}) // Lost names the voters that are gone
+	var refused *raft.RecoverError
+	fmt.Println(errors.As(err, &refused) && refused.Reason == raft.RecoverQuorum) // one of one is a majority
+
+	plan, err := raft.Recover(ctx, dir, raft.RecoverOptions{AbandonQuorum: true, Addr: "127.0.0.1:7000"})
+	fmt.Printf("kept everything up to %v, goes on with %v, %v\n", plan.Record.Kept, plan.Record.Next, err)
+
+	c.StateMachine = &total{}
+	again := start(c)
+	defer again.Close()
+	result, err := again.Propose(ctx, []byte("1"))
+	fmt.Printf("the total is %s, %v; what was done to the directory: %s\n", result.Data, err, again.Status().History[0].What)
+	// Output:
+	// node a of cluster "examples" has entries up to 3 (term 1)
+	// true
+	// kept everything up to 3 (term 1), goes on with 4 (term 2000000), <nil>
+	// the total is 43, <nil>; what was done to the directory: recovery
+}

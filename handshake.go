@@ -484,7 +484,7 @@ func (me *identity) check(h hello, known [16]byte) *refusal {
 	case h.From == "":
 		return no(HandshakeMalformed, "a node must give its ID")
 	case h.ClusterUUID != zero && me.ClusterUUID != zero && h.ClusterUUID != me.ClusterUUID:
-		return no(HandshakeOtherCluster, "%q and %q formed different clusters that are both called %q; wipe the data directory of the one that is to join the other, and add it with AddVoter", h.From, me.Node, me.Cluster)
+		return no(HandshakeOtherCluster, "%q and %q are of different clusters that are both called %q, as after a restore or a recovery; wipe the data directory of the one that is to join the other, and add it with AddVoter", h.From, me.Node, me.Cluster)
 	case h.From == me.Node:
 		return no(HandshakeOtherDirectory, "it calls itself %q as this node does; give each node an ID of its own, and stop copies of a node", h.From)
 	case known != zero && known != h.DirectoryID:

@@ -125,7 +125,7 @@ func TestHandshakeRefusals(t *testing.T) {
 		text   string
 	}{
 		{"cluster", func(h *hello) { h.Cluster = "prod" }, dirOf(0xaa), HandshakeOtherCluster, "check ClusterID"},
-		{"cluster UUID", func(h *hello) { h.ClusterUUID = dirOf(2) }, dirOf(0xaa), HandshakeOtherCluster, "formed different clusters"},
+		{"cluster UUID", func(h *hello) { h.ClusterUUID = dirOf(2) }, dirOf(0xaa), HandshakeOtherCluster, "are of different clusters"},
 		{"to", func(h *hello) { h.To = "c" }, dirOf(0xaa), HandshakeOtherNode, `for node "c", this is "b"`},
 		{"no to", func(h *hello) { h.To = "" }, dirOf(0xaa), HandshakeOtherNode, "check the addresses"},
 		{"directory", func(h *hello) {}, dirOf(0xac), HandshakeOtherDirectory, "restore its own directory"},

@@ -2,6 +2,7 @@ package raft
 
 import (
 	"context"
+	"fmt"
 	"net"
 	"slices"
 )
@@ -80,6 +81,9 @@ func (s *Server) changeMembers(ctx context.Context, edit func([]Member) ([]Membe
 	if err := ctx.Err(); err != nil {
 		return err
 	}
+	if err := s.leaveInheritance(ctx); err != nil {
+		return fmt.Errorf("raft: membership not changed: this node was recovered, and first needs a snapshot for those that are added: %w", err)
+	}
 	cm := s.cm
 	var id EntryID
 	var before, after []Member
@@ -114,6 +118,23 @@ func (s *Server) changeMembers(ctx context.Context, edit func([]Member) ([]Membe
 		cm.unlock()
 	}
 	return err
+}
+
+// leaveInheritance takes the snapshot with which a leader that was recovered drops
+// the log of its former cluster. It does nothing on others.
+func (s *Server) leaveInheritance(ctx context.Context) error {
+	cm := s.cm
+	cm.mu.Lock()
+	needed := cm.core.role == Leader && cm.core.log.start.Index < cm.core.inherited
+	from := cm.core.inherited
+	cm.unlock()
+	if !needed {
+		return nil
+	}
+	if err := s.WaitApplied(ctx, from); err != nil {
+		return err
+	}
+	return s.TakeSnapshot(ctx)
 }
 
 // tookEffect tells whether what differs between before and after is now so.

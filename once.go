@@ -24,7 +24,7 @@ func (s *Server) OpenSession(ctx context.Context) (SessionID, error) {
 	r, err := s.untilAnswered(ctx, func() *Proposal {
 		return s.submit(entryOpenSession, limits.encode(nil), nil, nil)
 	})
-	return SessionID(r.Index), err
+	return sessionIDOf(EntryID{r.Index, r.Term}), err
 }
 
 // CloseSession ends a session and drops the results that it keeps. Closing a

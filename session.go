@@ -18,6 +18,13 @@ import (
 // any node.
 type SessionID uint64
 
+// sessionIDOf returns the ID of the session that an entry opens. After Recover a
+// cluster gives out indexes that its former self may have given to sessions on
+// nodes that are lost. Its terms are raised, and keep such sessions apart.
+func sessionIDOf(id EntryID) SessionID {
+	return SessionID(uint64(id.Index) + uint64(id.Term)/termStep*indexStep)
+}
+
 // RequestID names a request of a client, so that it takes effect once.
 type RequestID struct {
 	Session SessionID
@@ -134,7 +141,7 @@ func (t *sessionTable) admit(e Entries, i int) (admission, bool) {
 	a, now := admission{at: i}, e.nanos(i)
 	switch kind {
 	case entryOpenSession:
-		t.open(SessionID(e.First())+SessionID(i), now, e.data(i))
+		t.open(sessionIDOf(EntryID{e.First() + Index(i), e.term(i)}), now, e.data(i))
 	case entryCloseSession:
 		t.expire(now)
 		a.err = t.close(SessionID(binary.LittleEndian.Uint64(e.data(i))))

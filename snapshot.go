@@ -45,7 +45,9 @@ type snapshotRequest struct {
 
 // snapshotTaken takes note that a snapshot of this server's state is durable.
 // Only now may the log go: up to and including entry upTo, at most to the
-// snapshot's end. Entries above upTo stay for followers that are behind.
+// snapshot's end. Entries above upTo stay for followers that are behind. What
+// was inherited from another cluster is for nobody: whoever got it would take
+// itself for a member of that one, until it got the rest.
 func (c *core) snapshotTaken(last EntryID, upTo Index) {
 	if c.role == Dead || last.Index <= c.newestSnapshot.Index {
 		return
@@ -55,7 +57,7 @@ func (c *core) snapshotTaken(last EntryID, upTo Index) {
 	if c.full != nil {
 		upTo = last.Index // what is kept for convenience is worth less than space
 	}
-	c.compact(min(upTo, last.Index))
+	c.compact(min(max(upTo, c.inherited), last.Index))
 }
 
 // snapshotPatience is how long a follower that is sent a snapshot, or what

@@ -116,7 +116,11 @@ func (m *model) open(fs *vfs.Mem) (l *Log, count int, err error) {
 	o := m.o
 	o.FS = fs
 	k := &kept{}
+	same := inspected(o)
 	l, err = Open(context.Background(), o, k.replay)
+	if err := same(k, err); err != nil {
+		return nil, 0, err
+	}
 	if err != nil {
 		return nil, 0, err
 	}

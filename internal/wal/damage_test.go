@@ -97,6 +97,9 @@ func (m *model) openDamaged(fs *vfs.Mem, last int) (o outcome, err error) {
 			o, err = panicked, fmt.Errorf("panic: %v", p)
 		}
 	}()
+	opts := m.o
+	opts.FS = fs
+	same := inspected(opts)
 	changes := 0
 	fs.SetHook(func(op vfs.Op) error {
 		if op.Kind.Changes() && op.Kind != vfs.OpSyncDir {
@@ -104,10 +107,11 @@ func (m *model) openDamaged(fs *vfs.Mem, last int) (o outcome, err error) {
 		}
 		return nil
 	})
-	opts := m.o
-	opts.FS = fs
 	k := &kept{}
 	_, err = Open(context.Background(), opts, k.replay)
+	if err := same(k, err); err != nil {
+		return wrong, err
+	}
 	if err != nil {
 		var ce *CorruptError
 		var ve *VersionError

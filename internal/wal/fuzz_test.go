@@ -38,6 +38,7 @@ func FuzzOpen(f *testing.F) {
 			}
 		}
 		k := &kept{}
+		same := inspected(o)
 		changes := 0
 		fs.SetHook(func(op vfs.Op) error {
 			if op.Kind.Changes() && op.Kind != vfs.OpSyncDir {
@@ -46,6 +47,9 @@ func FuzzOpen(f *testing.F) {
 			return nil
 		})
 		l, err := Open(context.Background(), o, k.replay)
+		if err := same(k, err); err != nil {
+			t.Fatal(err)
+		}
 		if err != nil {
 			checkRefusal(t, err, changes)
 			return

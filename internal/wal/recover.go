@@ -36,6 +36,32 @@ func (l *Log) recover(ctx context.Context, replay func(LSN, Record) error) error
 	}
 	r := &recovery{l: l, ctx: ctx, replay: replay}
 	defer func() { l.segs = r.segs }() // closed by the caller if Open fails
+	if err := r.read(names); err != nil {
+		return err
+	}
+	l.end, l.durable = r.pos, r.pos
+	l.stage.start = r.pos
+	l.lastLSN = LSN(r.pos)
+	l.segs = r.segs
+	if err := errors.Join(l.adoptSpares(names), l.adoptReserve()); err != nil {
+		return err
+	}
+	// A process that was killed between renaming and syncing may have left a
+	// spare which a power cut would give its old name back, as a segment of the
+	// log. It must not be written to before its name is certain.
+	if err := l.o.FS.SyncDir(l.o.Dir); err != nil {
+		return fmt.Errorf("wal: sync the log's directory: %w", err)
+	}
+	if err := l.resume(r); err != nil {
+		return fmt.Errorf("wal: make what was recovered durable: %w", err)
+	}
+	l.curFree, l.carried = l.cur.free(), l.carry.size()
+	return nil
+}
+
+// read reads the log and changes nothing. names are the files in its directory.
+func (r *recovery) read(names []string) error {
+	l := r.l
 	var block [blockSize]byte
 	for _, name := range names {
 		if id, ok := parseName(name, spareSuffix); ok {
@@ -66,27 +92,7 @@ func (l *Log) recover(ctx context.Context, replay func(LSN, Record) error) error
 			break
 		}
 	}
-	if err := r.checkStart(); err != nil {
-		return err
-	}
-	l.end, l.durable = r.pos, r.pos
-	l.stage.start = r.pos
-	l.lastLSN = LSN(r.pos)
-	l.segs = r.segs
-	if err := errors.Join(l.adoptSpares(names), l.adoptReserve()); err != nil {
-		return err
-	}
-	// A process that was killed between renaming and syncing may have left a
-	// spare which a power cut would give its old name back, as a segment of the
-	// log. It must not be written to before its name is certain.
-	if err := l.o.FS.SyncDir(l.o.Dir); err != nil {
-		return fmt.Errorf("wal: sync the log's directory: %w", err)
-	}
-	if err := l.resume(r); err != nil {
-		return fmt.Errorf("wal: make what was recovered durable: %w", err)
-	}
-	l.curFree, l.carried = l.cur.free(), l.carry.size()
-	return nil
+	return r.checkStart()
 }
 
 func (l *Log) openSegment(name string) (*segment, error) {
