@@ -11,7 +11,9 @@ import (
 var (
 	// ErrNoLeader: no leader took the proposal before the context ended.
 	ErrNoLeader = errors.New("raft: no leader: the cluster has none, or this node can't reach it")
-	// ErrOverloaded: a queue is full. Propose less, or later.
+	// ErrOverloaded: this node's queue of proposals (Config.MaxQueueBytes) is full.
+	// Submit says so at once, Propose when its context ends before there is room.
+	// Propose less, or later.
 	ErrOverloaded = errors.New("raft: overloaded: the proposal queue is full, try again later")
 	// ErrDiskFull: the disk of this node or of the leader is full, or the disks of
 	// so many others that nothing could be committed. Free some space there: the

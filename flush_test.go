@@ -26,7 +26,7 @@ func TestStaleAppendDoesNotStrandProposals(t *testing.T) {
 		old := s.cm.core.configuration.byName(h.Server(other(h, leader, 1)).conf.ID).id
 		s.cm.mu.Unlock()
 		p := &Proposal{done: make(chan struct{})}
-		if err := s.cm.queue.add(entryCommand, nil, cmd(2), p); err != nil { // queued, and nobody has stepped yet
+		if err := s.cm.queue.add(entryCommand, nil, cmd(2), p, false); err != nil { // queued, and nobody has stepped yet
 			t.Fatal(err)
 		}
 		done := make(chan *rpc.Call, 1)

@@ -350,8 +350,6 @@ func (s *Server) forwardAnswered(from memberID, b proposalBatch, r *forwardReply
 		settle(cm.pending.add(r.First, b.proposals))
 	case r.Refusal == forwardDiskFull:
 		b.finish(ErrDiskFull)
-	case r.Refusal == forwardOverloaded:
-		b.finish(ErrOverloaded)
 	case r.Refusal == forwardSize:
 		b.finish(fmt.Errorf("%w for the leader; make Config.MaxCommandBytes alike on all nodes", ErrCommandSize))
 	default:

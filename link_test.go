@@ -145,7 +145,7 @@ func TestHangupLosesNothing(t *testing.T) {
 		committedOn(h, 3, 0)
 		cm := h.Server(leader).cm
 		for i := range 50 {
-			if err := cm.queue.add(entryCommand, nil, cmd(i+1), &Proposal{done: make(chan struct{})}); err != nil { // the step takes it
+			if err := cm.queue.add(entryCommand, nil, cmd(i+1), &Proposal{done: make(chan struct{})}, false); err != nil { // the step takes it
 				t.Fatal(err)
 			}
 			cm.step(func(c *core) {

@@ -93,13 +93,12 @@ type forwardReply struct {
 type forwardRefusal byte
 
 const (
-	forwardAccepted   forwardRefusal = 0
-	forwardNotLeader  forwardRefusal = 1
-	forwardOverloaded forwardRefusal = 2
-	forwardStopped    forwardRefusal = 3
-	forwardSize       forwardRefusal = 4 // a command is larger than the leader's limit
-	forwardDiskFull   forwardRefusal = 5
-	forwardBusy       forwardRefusal = 6 // the leader can append nothing now; it may a moment later
+	forwardAccepted  forwardRefusal = 0
+	forwardNotLeader forwardRefusal = 1
+	forwardStopped   forwardRefusal = 3
+	forwardSize      forwardRefusal = 4 // a command is larger than the leader's limit
+	forwardDiskFull  forwardRefusal = 5
+	forwardBusy      forwardRefusal = 6 // the leader can append nothing now; it may a moment later
 )
 
 // message is a request or a reply on its way out of the core. It may leave

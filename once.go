@@ -22,7 +22,7 @@ import (
 func (s *Server) OpenSession(ctx context.Context) (SessionID, error) {
 	limits := s.conf.sessionLimits()
 	r, err := s.untilAnswered(ctx, func() *Proposal {
-		return s.submit(entryOpenSession, limits.encode(nil), nil, nil)
+		return s.submit(entryOpenSession, limits.encode(nil), nil, nil, true)
 	})
 	return sessionIDOf(EntryID{r.Index, r.Term}), err
 }
@@ -32,7 +32,7 @@ func (s *Server) OpenSession(ctx context.Context) (SessionID, error) {
 // *SessionError.
 func (s *Server) CloseSession(ctx context.Context, id SessionID) error {
 	_, err := s.untilAnswered(ctx, func() *Proposal {
-		return s.submit(entryCloseSession, appendUint64s(nil, uint64(id)), nil, nil)
+		return s.submit(entryCloseSession, appendUint64s(nil, uint64(id)), nil, nil, true)
 	})
 	return err
 }
@@ -61,7 +61,7 @@ func (s *Server) ProposeOnce(ctx context.Context, id RequestID, cmd []byte) (Res
 		return Result{}, &SessionError{Reason: SessionWindow, Session: id.Session, Seq: id.Seq, DoneBelow: id.DoneBelow}
 	}
 	head := id.encode()
-	return s.untilAnswered(ctx, func() *Proposal { return s.submit(entryOnce, head, cmd, &id) })
+	return s.untilAnswered(ctx, func() *Proposal { return s.submit(entryOnce, head, cmd, &id, true) })
 }
 
 // untilAnswered proposes what may be applied more than once, again and again,
@@ -105,6 +105,9 @@ func (s *Server) await(ctx context.Context, submit func() *Proposal) (Result, er
 	case <-p.done:
 		return p.result, p.err
 	case <-ctx.Done():
+	}
+	if s.cm.queue.withdraw(p) {
+		return Result{}, fmt.Errorf("%w: %w", ErrOverloaded, ctx.Err())
 	}
 	if !isClosed(p.done) && p.abandon() {
 		return Result{}, fmt.Errorf("%w: %w", ErrNoLeader, ctx.Err())

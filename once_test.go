@@ -230,7 +230,7 @@ func TestOnceBatch(t *testing.T) {
 		time.Sleep(10 * time.Millisecond)
 		var ps []*Proposal
 		for _, seq := range []uint64{1, 2, 1, 2, 1} {
-			ps = append(ps, s.submit(entryOnce, RequestID{c.id, seq, 0}.encode(), cmd(int(seq)), nil))
+			ps = append(ps, s.submit(entryOnce, RequestID{c.id, seq, 0}.encode(), cmd(int(seq)), nil, false))
 		}
 		ps = append(ps, s.Submit(cmd(3)))
 		var got []string

@@ -37,6 +37,7 @@ type progress struct {
 	round        uint64    // it has answered what was sent in this round of reads
 	leaseEnd     time.Time // it votes for nobody else before, by this leader's clock
 	lastProgress time.Time // an append was answered, or the first of a window was sent
+	forwarded    Index     // the newest entry that it has forwarded
 	wanted       Index     // it waits to see this entry committed
 	commitSent   Index     // the highest commit index it was told
 }

@@ -54,6 +54,7 @@ func (p *Proposal) finish(err error) {
 type proposalQueue struct {
 	mu        sync.Mutex
 	batch     proposalBatch
+	waiting   []waitingProposal // callers that wait for room, in the order in which they came
 	maxBytes  int
 	closed    error        // why nothing is accepted any more
 	lastBytes int          // size of the batch taken last: the next one is likely as large
@@ -66,25 +67,74 @@ type proposalBatch struct {
 	proposals []*Proposal
 }
 
-// add copies cmd, and head, which stands before it. It returns a rejection if
-// there is no room.
-func (q *proposalQueue) add(kind entryKind, head, cmd []byte, p *Proposal) error {
+// waitingProposal is one that found no room. Its caller waits with it, so that
+// head and cmd stay what they are; withdraw ends that.
+type waitingProposal struct {
+	kind      entryKind
+	head, cmd []byte
+	p         *Proposal
+}
+
+// maxWaiting is how many callers may wait for room in the queue.
+const maxWaiting = 1 << 16
+
+// add copies cmd, and head, which stands before it. If there is no room, or others
+// wait for some already, a caller that waits gets its place behind them, and any
+// other a rejection: whoever comes again and again must not get the room for
+// which somebody waits.
+func (q *proposalQueue) add(kind entryKind, head, cmd []byte, p *Proposal, waits bool) error {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	if q.closed != nil {
+	w := waitingProposal{kind, head, cmd, p}
+	switch {
+	case q.closed != nil:
 		return q.closed
-	}
-	b := &q.batch
-	if len(b.entries.buf)+len(head)+len(cmd) > q.maxBytes && len(b.proposals) > 0 {
+	case len(q.waiting) == 0 && q.fits(w):
+		q.put(w)
+	case waits && len(q.waiting) < maxWaiting:
+		q.waiting = append(q.waiting, w)
+	default:
 		return ErrOverloaded
 	}
+	return nil
+}
+
+// fits tells whether there is room: an empty queue has room for anything. mu is held.
+func (q *proposalQueue) fits(w waitingProposal) bool {
+	return len(q.batch.proposals) == 0 || len(q.batch.entries.buf)+len(w.head)+len(w.cmd) <= q.maxBytes
+}
+
+// admit gives room to those that wait for it, in turn. mu is held.
+func (q *proposalQueue) admit() {
+	n := 0
+	for n < len(q.waiting) && q.fits(q.waiting[n]) {
+		q.put(q.waiting[n])
+		n++
+	}
+	q.waiting = slices.Delete(q.waiting, 0, n)
+}
+
+// withdraw takes a proposal back that still waits for room.
+func (q *proposalQueue) withdraw(p *Proposal) bool {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	i := slices.IndexFunc(q.waiting, func(w waitingProposal) bool { return w.p == p })
+	if i < 0 {
+		return false
+	}
+	q.waiting = slices.Delete(q.waiting, i, i+1)
+	q.admit() // it may have been the one that was too large
+	return true
+}
+
+func (q *proposalQueue) put(w waitingProposal) {
+	b, head, cmd := &q.batch, w.head, w.cmd
 	if b.entries.buf == nil {
 		b.entries.buf = make([]byte, 0, q.lastBytes+len(head)+len(cmd)+entryHeaderBytes)
 	}
-	b.entries.add(kind, head, cmd)
-	b.proposals = append(b.proposals, p)
+	b.entries.add(w.kind, head, cmd)
+	b.proposals = append(b.proposals, w.p)
 	q.bytes.Store(int64(len(b.entries.buf)))
-	return nil
 }
 
 // next returns the size of the oldest proposal, encoded, 0 if there is none.
@@ -106,6 +156,7 @@ func (q *proposalQueue) take(maxBytes int) proposalBatch {
 	q.lastBytes = min(len(b.entries.buf), 1<<20)
 	q.batch = rest
 	q.bytes.Store(int64(len(rest.entries.buf)))
+	q.admit()
 	return b.taken()
 }
 
@@ -191,7 +242,10 @@ func (q *proposalQueue) close(err error) (rejected []*Proposal) {
 	defer q.mu.Unlock()
 	q.closed = err
 	rejected = q.batch.taken().proposals
-	q.batch = proposalBatch{}
+	for _, w := range q.waiting {
+		rejected = append(rejected, w.p)
+	}
+	q.batch, q.waiting = proposalBatch{}, nil
 	q.bytes.Store(0)
 	return rejected
 }

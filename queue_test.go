@@ -9,8 +9,12 @@ import (
 )
 
 func newQueued(q *proposalQueue, cmd string) *Proposal {
+	return newWaiting(q, cmd, false)
+}
+
+func newWaiting(q *proposalQueue, cmd string, waits bool) *Proposal {
 	p := &Proposal{done: make(chan struct{})}
-	if err := q.add(entryCommand, nil, []byte(cmd), p); err != nil {
+	if err := q.add(entryCommand, nil, []byte(cmd), p, waits); err != nil {
 		p.finish(err)
 	}
 	return p

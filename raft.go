@@ -243,7 +243,7 @@ func (cm *ConsensusModule) takeProposals() {
 	if n := cm.queue.bytes.Load(); n > 0 && n >= threshold {
 		limit := c.limits.maxFrameBytes // heartbeats must not queue behind a large forward
 		if c.role == Leader {
-			limit = cm.roomFor(cm.queue.next())
+			limit = min(cm.roomFor(cm.queue.next()), max(limit, c.limits.maxUncommittedSize-c.unsettledBytes()))
 		}
 		if limit == 0 {
 			return

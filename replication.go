@@ -40,9 +40,29 @@ func (c *core) hasRoom() bool {
 	return c.transfer.to == 0 && c.unsettledBytes() < c.limits.maxUncommittedSize
 }
 
-// unsettledBytes are those of entries that are not committed, or not durable here.
+// takesFrom tells whether a leader takes proposals that a follower forwards: if
+// it has room, and otherwise one batch at a time, so that no flood, of the
+// leader's own clients or of another follower's, keeps the others out.
+func (c *core) takesFrom(follower memberID) bool {
+	p := c.progressOf(follower)
+	return c.hasRoom() || c.transfer.to == 0 && p != nil && p.forwarded <= c.settled()
+}
+
+// proposeFor is propose for what a follower has forwarded.
+func (c *core) proposeFor(follower memberID, b *entryBuilder) EntryID {
+	first, ok := c.propose(b)
+	if p := c.progressOf(follower); ok && p != nil {
+		p.forwarded = c.log.last
+	}
+	return first
+}
+
+// settled is the newest entry that is committed and durable here.
+func (c *core) settled() Index { return min(c.commitIndex, c.durableIndex) }
+
+// unsettledBytes are those of entries after it.
 func (c *core) unsettledBytes() (n int) {
-	settled := min(c.commitIndex, c.durableIndex)
+	settled := c.settled()
 	for i := len(c.log.tail) - 1; i >= 0 && c.log.tail[i].Last() > settled; i-- {
 		n += c.log.tail[i].size()
 	}

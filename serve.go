@@ -419,10 +419,10 @@ func (v *service) Forward(args *call[forwardArgs], reply *call[forwardReply]) er
 			r.Refusal = forwardNotLeader
 		case c.outOfSpace():
 			r.Refusal = forwardDiskFull
-		case !c.hasRoom() || cm.roomFor(len(b.buf)) == 0:
+		case !c.takesFrom(args.V.From) || cm.roomFor(len(b.buf)) == 0:
 			r.Refusal = forwardBusy
 		default:
-			r.First, _ = c.propose(&b)
+			r.First = c.proposeFor(args.V.From, &b)
 			c.onForward(args.V.From, r.First.Index+Index(len(b.offs))-1)
 		}
 	})

@@ -230,17 +230,22 @@ func (s *Server) stopped() {
 // a rejection (ErrNoLeader, ErrOverloaded, ErrDiskFull, ErrStopped,
 // ErrCommandSize, ErrSuperseded), after which cmd will never commit, or matches
 // ErrOutcomeUnknown. ctx governs the wait, never the commit.
+// While the queue of this node is full, calls wait for room in it, in turn.
 func (s *Server) Propose(ctx context.Context, cmd []byte) (Result, error) {
-	return s.await(ctx, func() *Proposal { return s.Submit(cmd) })
+	return s.await(ctx, func() *Proposal { return s.submit(entryCommand, nil, cmd, nil, true) })
 }
 
 // Submit is Propose without the wait. It never blocks; every error comes from
-// the proposal's Wait.
-func (s *Server) Submit(cmd []byte) *Proposal { return s.submit(entryCommand, nil, cmd, nil) }
+// the proposal's Wait. If the queue is full, or others wait for room in it, that
+// is ErrOverloaded.
+func (s *Server) Submit(cmd []byte) *Proposal {
+	return s.submit(entryCommand, nil, cmd, nil, false)
+}
 
 // submit proposes an entry: head, and then cmd if it is one with a command. id
-// is not nil for a command that has one.
-func (s *Server) submit(kind entryKind, head, cmd []byte, id *RequestID) *Proposal {
+// is not nil for a command that has one. waits says that the caller waits for the
+// proposal, and calls withdraw before it gives up.
+func (s *Server) submit(kind entryKind, head, cmd []byte, id *RequestID, waits bool) *Proposal {
 	p := &Proposal{done: make(chan struct{})}
 	if kind == entryCommand || kind == entryOnce {
 		if len(cmd) == 0 || len(cmd) > s.conf.MaxCommandBytes {
@@ -251,7 +256,7 @@ func (s *Server) submit(kind entryKind, head, cmd []byte, id *RequestID) *Propos
 			s.conf.history.submitted(s.conf.ID, cmd, id, p)
 		}
 	}
-	if err := s.cm.queue.add(kind, head, cmd, p); err != nil {
+	if err := s.cm.queue.add(kind, head, cmd, p, waits); err != nil {
 		p.finish(err)
 		return p
 	}

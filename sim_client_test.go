@@ -182,13 +182,13 @@ func (s *sim) onForwarded(n *simNode, call *simCall) {
 		r.Refusal = forwardNotLeader
 	case c.outOfSpace():
 		r.Refusal = forwardDiskFull
-	case !c.hasRoom() || n.roomShort(len(call.forward.Encoded)):
+	case !c.takesFrom(call.forward.From) || n.roomShort(len(call.forward.Encoded)):
 		r.Refusal = forwardBusy
 	default:
 		if err := b.addUnsealed(call.forward.Encoded); err != nil {
 			s.fail("forwarded proposals: %v", err)
 		}
-		r.First, _ = s.begin(n).propose(&b)
+		r.First = s.begin(n).proposeFor(call.forward.From, &b)
 		run := n.run
 		s.end(n)
 		if n.run != run || n.core == nil {
