@@ -55,6 +55,29 @@ func elect(t *testing.T, c *core) (sent []message) {
 	return persist(t, c)
 }
 
+// A cluster's only voter leads before its vote is durable. It tells nobody which
+// entries of that term their proposals have become before it is.
+func TestForwardWaitsForTerm(t *testing.T) {
+	c := testCore(t, 1, 1)
+	if got := c.refusal(2); got != forwardNotLeader {
+		t.Errorf("a follower's refusal is %d", got)
+	}
+	c.now = c.electionDeadline
+	c.tick()
+	c.finish()
+	if got := c.refusal(2); c.role != Leader || got != forwardBusy {
+		t.Errorf("with its term not durable, as %v its refusal is %d", c.role, got)
+	}
+	c.persisted(c.lsn, 0)
+	if got := c.refusal(2); got != forwardAccepted {
+		t.Errorf("with its term durable its refusal is %d", got)
+	}
+	c.die(nil)
+	if got := c.refusal(2); got != forwardStopped {
+		t.Errorf("a stopped node's refusal is %d", got)
+	}
+}
+
 // loseQuorum lets a leader's heartbeats go unanswered until it steps down.
 func loseQuorum(t *testing.T, c *core) {
 	t.Helper()

@@ -34,6 +34,24 @@ func (c *core) propose(b *entryBuilder) (EntryID, bool) {
 	return first, true
 }
 
+// refusal says why this server appends no proposals of this member now. The answer to
+// a forward names entries by the term, so that must be durable, like a term in
+// any other message. A cluster's only voter leads sooner, and after a crash it
+// may lead the same term again, with other entries.
+func (c *core) refusal(from memberID) forwardRefusal {
+	switch {
+	case c.role == Dead:
+		return forwardStopped
+	case c.role != Leader:
+		return forwardNotLeader
+	case c.outOfSpace():
+		return forwardDiskFull
+	case !c.takesFrom(from) || c.hardLSN > c.durableLSN:
+		return forwardBusy
+	}
+	return forwardAccepted
+}
+
 // hasRoom tells whether a leader may append more: what is not committed, and
 // what is not on its own disk, is bounded.
 func (c *core) hasRoom() bool {

@@ -412,16 +412,11 @@ func (v *service) Forward(args *call[forwardArgs], reply *call[forwardReply]) er
 	cm.step(func(c *core) {
 		r := &reply.V
 		r.Leader = c.leader
-		switch {
-		case c.role == Dead:
-			r.Refusal = forwardStopped
-		case c.role != Leader:
-			r.Refusal = forwardNotLeader
-		case c.outOfSpace():
-			r.Refusal = forwardDiskFull
-		case !c.takesFrom(args.V.From) || cm.roomFor(len(b.buf)) == 0:
+		r.Refusal = c.refusal(args.V.From)
+		if r.Refusal == forwardAccepted && cm.roomFor(len(b.buf)) == 0 {
 			r.Refusal = forwardBusy
-		default:
+		}
+		if r.Refusal == forwardAccepted {
 			r.First = c.proposeFor(args.V.From, &b)
 			c.onForward(args.V.From, r.First.Index+Index(len(b.offs))-1)
 		}

@@ -173,18 +173,12 @@ func (s *sim) lag() Index {
 // onForwarded takes another node's proposals.
 func (s *sim) onForwarded(n *simNode, call *simCall) {
 	c := n.core
-	r := &forwardReply{Leader: c.leader}
+	r := &forwardReply{Leader: c.leader, Refusal: c.refusal(call.forward.From)}
 	var b entryBuilder
-	switch {
-	case c.role == Dead:
-		r.Refusal = forwardStopped
-	case c.role != Leader:
-		r.Refusal = forwardNotLeader
-	case c.outOfSpace():
-		r.Refusal = forwardDiskFull
-	case !c.takesFrom(call.forward.From) || n.roomShort(len(call.forward.Encoded)):
+	if r.Refusal == forwardAccepted && n.roomShort(len(call.forward.Encoded)) {
 		r.Refusal = forwardBusy
-	default:
+	}
+	if r.Refusal == forwardAccepted {
 		if err := b.addUnsealed(call.forward.Encoded); err != nil {
 			s.fail("forwarded proposals: %v", err)
 		}
@@ -199,6 +193,9 @@ func (s *sim) onForwarded(n *simNode, call *simCall) {
 		if n.run != run || n.core == nil {
 			return
 		}
+	}
+	if n.disk.hard.Term < r.First.Term {
+		s.fail("9 node %d answers a forward in term %d, its disk has term %d", n.i, r.First.Term, n.disk.hard.Term)
 	}
 	s.transmit(&simMsg{call: call, isReply: true, forwardReply: r})
 }
