@@ -1,6 +1,11 @@
 package raft
 
 import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -67,6 +72,31 @@ func TestStuckDiskGivesLeadershipUp(t *testing.T) {
 	}
 }
 
+// A follower whose state machine hangs does not campaign before that returns.
+func TestStuckApplyDoesNotCampaign(t *testing.T) {
+	c := readLeader(t, 3, false)
+	c.stepDown(ReasonNoQuorum)
+	c.applyBegins(c.now)
+	began, term := c.now, c.currentTerm
+	for c.now.Sub(began) < 3*applyPatience*c.limits.electionTimeout {
+		c.now = c.electionDeadline
+		c.campaign = nil // what was asked for before the bound
+		stuck := c.now.Sub(began) >= applyPatience*c.limits.electionTimeout
+		c.tick()
+		c.finish()
+		c.persisted(c.lsn, 0)
+		if stuck && (c.campaign != nil || c.currentTerm != term) {
+			t.Fatalf("after %v it campaigns", c.now.Sub(began))
+		}
+		term = c.currentTerm
+	}
+	c.applyEnds()
+	c.now = c.electionDeadline
+	if c.tick(); c.campaign == nil {
+		t.Error("it does not campaign although its state machine is back")
+	}
+}
+
 // Where nobody else could lead, a leader that is stuck goes on.
 func TestStuckLeaderWithoutSuccessor(t *testing.T) {
 	c := readLeader(t, 1, false)
@@ -129,4 +159,158 @@ func TestHungApplyMovesLeadership(t *testing.T) {
 		}
 		h.Transfer(old)
 	})
+}
+
+// answeredLoad is what clients were told that propose at nodes, one command after
+// the other each.
+type answeredLoad struct {
+	h      *Harness
+	t      *testing.T
+	cancel context.CancelFunc
+	wg     sync.WaitGroup
+
+	mu      sync.Mutex
+	when    []time.Time // of the answers
+	results map[Index]string
+	unknown int
+}
+
+func startLoad(t *testing.T, h *Harness, clients int, at func(client int) int) *answeredLoad {
+	l := &answeredLoad{h: h, t: t, results: map[Index]string{}}
+	var ctx context.Context
+	ctx, l.cancel = context.WithCancel(context.Background())
+	for c := range clients {
+		l.wg.Go(func() {
+			for k := 0; ctx.Err() == nil; k++ {
+				cmd := fmt.Sprintf("%d/%d", c, k)
+				r, err := h.Server(at(c)).Propose(ctx, []byte(cmd))
+				l.told(cmd, r, err, ctx.Err() != nil)
+			}
+		})
+	}
+	return l
+}
+
+func (l *answeredLoad) told(cmd string, r Result, err error, over bool) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	switch {
+	case err == nil:
+		l.when = append(l.when, time.Now())
+		l.results[r.Index] = cmd
+	case errors.Is(err, ErrOutcomeUnknown) || errors.Is(err, ErrSuperseded):
+		l.unknown++
+	case !over:
+		l.t.Errorf("%s: %v", cmd, err)
+	}
+}
+
+// stop ends the load and returns how much was answered.
+func (l *answeredLoad) stop() int {
+	l.cancel()
+	l.wg.Wait()
+	return len(l.when)
+}
+
+// check: every answer is in the log where it was said to be.
+func (l *answeredLoad) check() {
+	l.h.CheckLogsMatch()
+	l.h.mu.Lock()
+	defer l.h.mu.Unlock()
+	for index, cmd := range l.results {
+		if got := string(l.h.applied[index].Data); got != cmd {
+			l.t.Errorf("%s was answered with entry %d, which is %s", cmd, index, got)
+		}
+	}
+}
+
+// longestGap returns the longest time without an answer from began on.
+func (l *answeredLoad) longestGap(began time.Time) (gap time.Duration) {
+	for _, at := range l.when {
+		if at.After(began) {
+			gap, began = max(gap, at.Sub(began)), at
+		}
+	}
+	return gap
+}
+
+// A follower whose disk is a hundred times slower than the others' costs them
+// nothing: as much is committed in the same time as without it. (With an equal
+// disk it would be the faster one of two sometimes.)
+func TestSlowFollowerCostsNothing(t *testing.T) {
+	committed := func(change func(h *Harness, follower int)) (n int) {
+		synctest.Test(t, func(t *testing.T) {
+			h := NewHarness(t, 3)
+			defer h.Shutdown()
+			leader, term := h.CheckSingleLeader()
+			for i := range 3 {
+				h.SlowDisk(i, 5*time.Millisecond)
+			}
+			follower := (leader + 1) % 3
+			change(h, follower)
+			l := startLoad(t, h, 8, func(int) int { return leader })
+			time.Sleep(5 * time.Second)
+			n = l.stop()
+			if _, now := h.CheckSingleLeader(); now != term {
+				t.Errorf("the leadership moved: term %d, was %d", now, term)
+			}
+			for i := range 3 {
+				h.SlowDisk(i, 0)
+			}
+			if !h.nodes[follower].running {
+				h.RestartPeer(follower)
+			}
+			l.check()
+		})
+		return n
+	}
+	equal := committed(func(*Harness, int) {})
+	without := committed(func(h *Harness, follower int) { h.CrashPeer(follower) })
+	slow := committed(func(h *Harness, follower int) { h.SlowDisk(follower, 500*time.Millisecond) })
+	t.Logf("commands in 5 s: %d with equal disks, %d without a follower, %d with one whose disk is a hundred times slower", equal, without, slow)
+	if slow < without*98/100 || slow < equal*90/100 || equal < 1000 {
+		t.Errorf("a slow follower lowers the rate to %d; it is %d without it, and %d with equal disks", slow, without, equal)
+	}
+}
+
+// The leader's disk hangs under load, with other dice each time: nothing is lost,
+// the leadership moves within the bound, and the time without an answer is short.
+func TestHungDiskUnderLoad(t *testing.T) {
+	var gaps, moves []time.Duration
+	for seed := range uint64(20) {
+		synctest.Test(t, func(t *testing.T) {
+			h := NewHarness(t, 3, WithSeed(seed+1))
+			defer h.Shutdown()
+			h.Delay(time.Millisecond, 20*time.Millisecond)
+			for i := range 3 {
+				h.SlowDisk(i, 2*time.Millisecond)
+			}
+			leader, _ := h.CheckSingleLeader()
+			l := startLoad(t, h, 4, func(c int) int { return (leader + 1 + c%2) % 3 })
+			time.Sleep(time.Duration(300+17*seed) * time.Millisecond)
+			hung := time.Now()
+			h.SlowDisk(leader, time.Hour)
+			for h.Server(leader).Status().Role == Leader {
+				time.Sleep(time.Millisecond)
+			}
+			moves = append(moves, time.Since(hung))
+			time.Sleep(time.Second)
+			l.stop()
+			gaps = append(gaps, l.longestGap(hung))
+			if now, _ := h.CheckSingleLeader(); now == leader {
+				t.Errorf("seed %d: a node whose disk hangs leads", seed)
+			}
+			h.CrashPeer(leader)
+			h.SlowDisk(leader, 0)
+			h.RestartPeer(leader)
+			l.check()
+		})
+	}
+	slices.Sort(gaps)
+	slices.Sort(moves)
+	t.Logf("the leader's disk hangs, 20 runs, election timeout 150 ms: it gives leadership up after %v to %v; longest time without an answer: median %v, at most %v",
+		moves[0], moves[len(moves)-1], gaps[len(gaps)/2], gaps[len(gaps)-1])
+	if bound := (diskPatience + 2) * 150 * time.Millisecond; moves[len(moves)-1] > bound || gaps[len(gaps)-1] > bound {
+		t.Errorf("leadership moved after %v at most, answers were missing for %v at most, the bound is %v", moves[len(moves)-1], gaps[len(gaps)-1], bound)
+	}
 }

@@ -21,6 +21,7 @@ type simLosses struct {
 	Noticed      int // times that a running node took note of a full disk
 	Rejected     int // proposals refused because of full disks
 	Hung         int // disks that hung
+	Yielded      int // leaders that gave leadership up because their disk hung
 	ReadErrors   int // reads that failed and may succeed later
 }
 
@@ -35,6 +36,7 @@ func (l *simLosses) add(o simLosses) {
 	l.Noticed += o.Noticed
 	l.Rejected += o.Rejected
 	l.Hung += o.Hung
+	l.Yielded += o.Yielded
 	l.ReadErrors += o.ReadErrors
 }
 
@@ -237,6 +239,9 @@ func (n *simNode) claim(a *appendArgs) {
 // hang lets a node's disk hang for a while, often for longer than a leader with
 // such a disk should lead.
 func (s *sim) hang(n *simNode) {
+	if l := s.highestLeader(); l != nil && s.chance(0.5) {
+		n = l
+	}
 	s.losses.Hung++
 	n.hungUntil = s.now + s.someTimeouts(0.5, 40)
 	s.note(n.i, "its disk hangs until %v", n.hungUntil)
@@ -310,6 +315,32 @@ func TestSimDiskFaults(t *testing.T) {
 	}
 	t.Logf("%+v", got)
 	if missing() {
+		t.Errorf("some fault did not happen, or had no effect: %+v", got)
+	}
+}
+
+// TestSimHungDisks: disks that hang, often for longer than a leader's may. Leaders
+// then give leadership up, and the cluster goes on.
+func TestSimHungDisks(t *testing.T) {
+	plan := simPlan{test: "TestSimHungDisks", tune: func(w *simSwarm) {
+		w.nodes, w.voters, w.spares, w.losses, w.rounds, w.roundTimeouts = 3, 3, 0, 0, 2, 60
+		w.nemeses = []int{nemHang, nemHang, nemHang, nemCrash, nemHealNet, nemClog}
+		w.nemesisEvery = 4 * w.timeout
+		w.clientEvery = w.timeout / 5
+		w.boundaryP, w.flushFailP = 0, 0
+	}}
+	if *simSeed != 0 {
+		replaySim(t, plan)
+		return
+	}
+	var got simLosses
+	for seed := uint64(1); seed <= 20; seed++ {
+		res := runSim(seed, plan)
+		reportSim(t, seed, plan, res)
+		got.add(res.losses)
+	}
+	t.Logf("%+v", got)
+	if got.Hung < 20 || got.Yielded < 5 {
 		t.Errorf("some fault did not happen, or had no effect: %+v", got)
 	}
 }

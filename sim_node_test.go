@@ -151,6 +151,9 @@ func (s *sim) end(n *simNode) {
 		s.fail("node %d: %v", n.i, err)
 	}
 	for _, e := range out.events {
+		if e.Kind == EventStuck {
+			s.losses.Yielded++
+		}
 		s.record(simRecord{at: s.now, node: n.i, ev: e})
 	}
 	s.book.transition(s, n, &out)
