@@ -184,7 +184,7 @@ func TestAllDisksFull(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		h := NewHarness(t, 3)
 		defer h.Shutdown()
-		leader, term := h.CheckSingleLeader()
+		h.CheckSingleLeader()
 		w := newWriter()
 		for i := range 3 {
 			h.FillDisk(i)
@@ -199,7 +199,7 @@ func TestAllDisksFull(t *testing.T) {
 			// Each has noticed once its own log needed a segment.
 			t.Fatalf("full: %v %v %v", diskFull(h, 0), diskFull(h, 1), diskFull(h, 2))
 		}
-		leader, term = h.CheckSingleLeader()
+		leader, term := h.CheckSingleLeader()
 		last := h.Server(leader).Status().Last
 		for i := range 3 {
 			if err := w.write(h, i); !errors.Is(err, ErrDiskFull) || errors.Is(err, ErrOutcomeUnknown) {
