@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"math/rand/v2"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -271,8 +272,14 @@ func TestSnapshotFoundIsDurable(t *testing.T) {
 	open := func() *diskStorage {
 		d := newDiskStorage(&Config{Dir: "data", MaxLogMemoryBytes: 1, MaxSegmentBytes: 1 << 20})
 		d.fs = mem
-		t.Cleanup(func() { d.Close() }) // it may fail: the files are those of a process that was killed
 		return d
+	}
+	// A killed process does nothing more, so nothing of it may run on here.
+	kill := func(d *diskStorage) {
+		mem.SetHook(func(vfs.Op) error { return errors.New("killed") })
+		d.Close()
+		mem.SetHook(nil)
+		mem.Kill()
 	}
 	s := open()
 	mustOpen(t, s)
@@ -280,21 +287,25 @@ func TestSnapshotFoundIsDurable(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	renamed := false
+	var renamed atomic.Bool // the log prepares segments meanwhile
 	mem.SetHook(func(op vfs.Op) error {
-		renamed = renamed || op.Kind == vfs.OpRename
-		if renamed && op.Kind == vfs.OpSyncDir {
+		if op.Kind == vfs.OpRename {
+			renamed.Store(true)
+		}
+		if renamed.Load() && op.Kind == vfs.OpSyncDir {
 			return errors.New("killed")
 		}
 		return nil
 	})
-	if err := w.Commit(); err == nil || !renamed {
+	if err := w.Commit(); err == nil || !renamed.Load() {
 		t.Fatalf("Commit: %v", err)
 	}
-	mem.SetHook(nil)
-	mem.Kill()
+	kill(s)
 	for _, after := range []string{"kill", "power cut"} {
-		if rec := mustOpen(t, open()); len(rec.Snapshots) != 1 {
+		s = open()
+		rec := mustOpen(t, s)
+		kill(s)
+		if len(rec.Snapshots) != 1 {
 			t.Fatalf("after the %s there are %d snapshots", after, len(rec.Snapshots))
 		}
 		mem.Crash(func(int) int { return 0 }) // loses all that is not synced
