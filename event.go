@@ -61,6 +61,7 @@ const (
 	EventHistory                                // Detail: what was done to the data directory, as HistoryRecord says it
 	EventDiskFull                               // there is no space for the log to grow; Err
 	EventDiskSpace                              // there is space again
+	EventStarting                               // Detail: how far Start has come, each second
 )
 
 // Reason says why a node's role changed.
@@ -192,6 +193,8 @@ func (e Event) String() string {
 		return fmt.Sprintf("has a full disk: %v", e.Err)
 	case EventDiskSpace:
 		return "has space on its disk again"
+	case EventStarting:
+		return "starts: " + e.Detail
 	case EventTransfer:
 		return fmt.Sprintf("hands leadership to %s, term=%d", e.Peer, e.Term)
 	}

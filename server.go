@@ -108,6 +108,9 @@ func listen(ctx context.Context, addr string) (net.Listener, error) {
 // recover opens the storage and makes a core of what it holds. The core is nil
 // if the storage was not opened.
 func (s *Server) recover(ctx context.Context) (*core, error) {
+	if d, ok := s.storage.(*diskStorage); ok {
+		d.options.OnRead = s.progress("reads its log")
+	}
 	rec, err := s.storage.Open(ctx, Identity{s.conf.ClusterID, s.conf.ID})
 	if err != nil {
 		return nil, err
@@ -126,6 +129,34 @@ func (s *Server) recover(ctx context.Context) (*core, error) {
 		err = s.restoreState(ctx, c, &rec)
 	}
 	return c, err
+}
+
+// progressPause is between two events about how far Start has come.
+const progressPause = time.Second
+
+// progress returns what is told how far something that Start does has come, in
+// bytes. If it takes long there are events, which are logged.
+func (s *Server) progress(what string) func(done, total int64) {
+	next := time.Now().Add(progressPause)
+	return func(done, total int64) {
+		if now := time.Now(); !now.Before(next) {
+			next = now.Add(progressPause)
+			s.emit(Event{Kind: EventStarting, Detail: fmt.Sprintf("%s, %d of %d MiB", what, done>>20, total>>20)})
+			s.events.log()
+		}
+	}
+}
+
+// reportingReader tells how much of a snapshot was read.
+type reportingReader struct {
+	SnapshotReader
+	report func(done, total int64)
+}
+
+func (r *reportingReader) ReadAt(p []byte, off int64) (int, error) {
+	n, err := r.SnapshotReader.ReadAt(p, off)
+	r.report(off+int64(n), r.Size())
+	return n, err
 }
 
 // restoreState brings the state machine to where the log can go on. One that
@@ -176,7 +207,8 @@ func (s *Server) restore(ctx context.Context, rec *Recovered) error {
 		_, r, err := s.storage.OpenSnapshot(meta.Last)
 		if err == nil {
 			begun = true
-			s.sessions, err = callRestore(ctx, s.conf.StateMachine, meta, r)
+			report := s.progress(fmt.Sprintf("restores the snapshot up to entry %d", meta.Last.Index))
+			s.sessions, err = callRestore(ctx, s.conf.StateMachine, meta, &reportingReader{r, report})
 			r.Close()
 		}
 		if corrupt := (*CorruptError)(nil); errors.As(err, &corrupt) {

@@ -6,11 +6,14 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"regexp"
 	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
+
+	"example.com/raft/internal/vfs"
 )
 
 // named is a state machine that answers with its own name, so that a test can
@@ -732,4 +735,40 @@ func TestPanicIsLoggedWithItsStack(t *testing.T) {
 	if s := out.String(); !strings.Contains(s, "stack=frames") || strings.Count(s, "\n") != 1 {
 		t.Errorf("logged %q", s)
 	}
+}
+
+// Who starts a node with much data learns how far it has come.
+func TestStartTellsHowFarItIs(t *testing.T) {
+	snapshots(t, 1, func(t *testing.T, h *Harness) {
+		large := strings.Repeat("x", 1<<19)
+		proposeN(t, h, large, 2)
+		h.TakeSnapshot(0)
+		proposeN(t, h, large, 8)
+		h.CrashPeer(0)
+		mem := h.nodes[0].disk.mem
+		mem.SetHook(func(op vfs.Op) error {
+			if op.Kind == vfs.OpRead {
+				time.Sleep(progressPause / 3)
+			}
+			return nil
+		})
+		h.RestartPeer(0)
+		mem.SetHook(nil)
+		var told []string
+		for _, e := range eventsOf(h.Server(0)) {
+			if e.Kind == EventStarting {
+				told = append(told, e.String())
+			}
+		}
+		all := strings.Join(told, "\n")
+		t.Log(all)
+		for _, want := range []string{
+			`(?m)^starts: reads its log, [1-9] of \d+ MiB$`,
+			`(?m)^starts: restores the snapshot up to entry \d+, 1 of 1 MiB$`,
+		} {
+			if !regexp.MustCompile(want).MatchString(all) {
+				t.Errorf("no event says %s:\n%s", want, all)
+			}
+		}
+	})
 }

@@ -83,10 +83,17 @@ func (r *recovery) read(names []string) error {
 			return corrupt(l.path(name), 0, "segment %d after segment %d: those between are missing", number, r.segs[n-2].header.number)
 		}
 	}
-	for i := range r.segs {
+	var done, total int64
+	for _, seg := range r.segs {
+		total += seg.header.size
+	}
+	for i, seg := range r.segs {
 		ended, err := r.readSegment(i)
 		if err != nil {
 			return err
+		}
+		if done += seg.header.size; l.o.OnRead != nil {
+			l.o.OnRead(done, total)
 		}
 		if ended {
 			break

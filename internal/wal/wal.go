@@ -69,6 +69,9 @@ type Options struct {
 	// space again, and when there is more room than before. It must neither block
 	// nor call the log.
 	OnSpace func()
+	// OnRead, if given, is called by Open after each segment that it has read, with
+	// the bytes read so far, of how many.
+	OnRead func(done, total int64)
 	// PrepareInline is for deterministic callers: no goroutine is started, and
 	// segments are prepared and reclaimed in Prepare, or where they are missed.
 	PrepareInline bool
