@@ -172,7 +172,7 @@ func newCore(self memberID, l limits, rec Recovered, conf configuration, rng *ra
 	c.log.evict(l.maxTailBytes, c.durableIndex)
 	c.emit(Event{Kind: EventStarted})
 	if len(conf.members) > 0 {
-		c.armElection()
+		c.armFirst()
 	}
 	return c
 }
@@ -188,7 +188,7 @@ func (c *core) form(self memberID, entry1 Entries, conf configuration) {
 	c.configuration = conf
 	c.configs = []configEntry{{1, conf}}
 	c.log.append(entry1)
-	c.armElection()
+	c.armFirst()
 }
 
 // finish ends a transition: it derives what must be saved by comparing with

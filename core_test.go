@@ -475,3 +475,29 @@ func TestRoleReasons(t *testing.T) {
 		}
 	}
 }
+
+// A server that needs nobody's vote does not wait for a leader when it starts,
+// and one that has promised a lease waits for no longer than that. Others wait
+// for an election timeout.
+func TestFirstElection(t *testing.T) {
+	for name, v := range map[string]struct {
+		servers int
+		promise time.Duration
+		wait    [2]time.Duration
+	}{
+		"alone":                          {1, 0, [2]time.Duration{}},
+		"alone, promised":                {1, 3 * time.Second, [2]time.Duration{3 * time.Second, 3 * time.Second}},
+		"of three":                       {3, 0, [2]time.Duration{time.Second, 2*time.Second - 1}},
+		"of three, shorter than promise": {3, 3 * time.Second, [2]time.Duration{time.Second, 2*time.Second - 1}},
+	} {
+		c := restarted(t, 1, v.servers, HardState{Term: 1, LeasePromise: v.promise})
+		if wait := c.electionDeadline.Sub(simEpoch); wait < v.wait[0] || wait > v.wait[1] {
+			t.Errorf("%s: it waits for %v, want %v to %v", name, wait, v.wait[0], v.wait[1])
+		}
+		c.now = simEpoch.Add(v.wait[0])
+		c.tick()
+		if persist(t, c); (c.role == Leader) != (v.servers == 1) {
+			t.Errorf("%s: it is a %v then", name, c.role)
+		}
+	}
+}

@@ -21,6 +21,20 @@ func (c *core) armElection() {
 	c.emit(Event{Kind: EventElectionTimer, Duration: timeout})
 }
 
+// armFirst is armElection for a server that starts. If it needs nobody else's
+// vote there is no leader to wait for.
+func (c *core) armFirst() {
+	if !c.alone() {
+		c.armElection()
+		return
+	}
+	c.electionDeadline = c.now
+	if c.hasPromisedAgainst(c.self) {
+		c.electionDeadline = c.promisedUntil
+	}
+	c.emit(Event{Kind: EventElectionTimer, Duration: c.electionDeadline.Sub(c.now)})
+}
+
 // deferElection is armElection for a message from the leader: many a second,
 // so it is not an event.
 func (c *core) deferElection() {

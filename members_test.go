@@ -156,6 +156,7 @@ func TestChangeSurvivesLeader(t *testing.T) {
 					done <- h.Server(leader).AddVoter(ctx, Member{ID: NodeID(fmt.Sprint(i)), Addr: harnessAddr(i)})
 				}()
 				time.Sleep(time.Duration(seed) * 20 * time.Millisecond) // virtual
+				synctest.Wait()                                         // it has begun
 				h.CrashPeer(leader)
 				cancel()
 				var refused *MembershipError // it crashed first

@@ -740,10 +740,16 @@ func TestPanicIsLoggedWithItsStack(t *testing.T) {
 // Who starts a node with much data learns how far it has come.
 func TestStartTellsHowFarItIs(t *testing.T) {
 	snapshots(t, 1, func(t *testing.T, h *Harness) {
-		large := strings.Repeat("x", 1<<19)
-		proposeN(t, h, large, 2)
+		write := func(n int) {
+			for range n {
+				if _, err := h.Server(0).Propose(t.Context(), bytes.Repeat([]byte("x"), 1<<19)); err != nil {
+					t.Fatal(err)
+				}
+			}
+		}
+		write(2)
 		h.TakeSnapshot(0)
-		proposeN(t, h, large, 8)
+		write(8)
 		h.CrashPeer(0)
 		mem := h.nodes[0].disk.mem
 		mem.SetHook(func(op vfs.Op) error {
