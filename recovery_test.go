@@ -256,6 +256,9 @@ func TestRecoverUnderLoad(t *testing.T) {
 		g := NewHarness(t, 1, WithDisk(after), machines)
 		defer g.Shutdown()
 		g.CheckSingleLeader()
+		if _, err := g.Server(0).ReadIndex(t.Context()); err != nil {
+			t.Fatal(err)
+		}
 		got := " " + readJournal(g, 0) + " "
 		lost := 0
 		for i, cmd := range acknowledged {
