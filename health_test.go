@@ -242,6 +242,7 @@ func TestSlowFollowerCostsNothing(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
 			h := NewHarness(t, 3)
 			defer h.Shutdown()
+			h.Delay(300*time.Microsecond, 5*time.Millisecond) // otherwise the disks may fall into step, or out of it, for good
 			leader, term := h.CheckSingleLeader()
 			for i := range 3 {
 				h.SlowDisk(i, 5*time.Millisecond)
@@ -249,7 +250,7 @@ func TestSlowFollowerCostsNothing(t *testing.T) {
 			follower := (leader + 1) % 3
 			change(h, follower)
 			l := startLoad(t, h, 8, func(int) int { return leader })
-			time.Sleep(5 * time.Second)
+			time.Sleep(10 * time.Second)
 			n = l.stop()
 			if _, now := h.CheckSingleLeader(); now != term {
 				t.Errorf("the leadership moved: term %d, was %d", now, term)
@@ -267,8 +268,10 @@ func TestSlowFollowerCostsNothing(t *testing.T) {
 	equal := committed(func(*Harness, int) {})
 	without := committed(func(h *Harness, follower int) { h.CrashPeer(follower) })
 	slow := committed(func(h *Harness, follower int) { h.SlowDisk(follower, 500*time.Millisecond) })
-	t.Logf("commands in 5 s: %d with equal disks, %d without a follower, %d with one whose disk is a hundred times slower", equal, without, slow)
-	if slow < without*98/100 || slow < equal*90/100 || equal < 1000 {
+	t.Logf("commands in 10 s: %d with equal disks, %d without a follower, %d with one whose disk is a hundred times slower", equal, without, slow)
+	// The network's dice alone make some hundredths; waiting for that disk would
+	// leave a fiftieth.
+	if slow < without*80/100 || slow < equal*75/100 || equal < 2000 {
 		t.Errorf("a slow follower lowers the rate to %d; it is %d without it, and %d with equal disks", slow, without, equal)
 	}
 }
