@@ -172,7 +172,7 @@ func (o *linkOwner) send() {
 		switch {
 		case out.read != nil:
 			o.server.readEntries(*out.read)
-		case o.outstanding >= o.window || !o.connect():
+		case o.outstanding >= o.window || !o.connect(out.m.vote != nil):
 			o.server.unsent(o.to, out)
 		default:
 			if o.outstanding == 0 {
@@ -202,13 +202,15 @@ func (o *linkOwner) issue(out outgoing) {
 	}
 }
 
-// connect returns true if there is a connection, after dialling if need be.
-func (o *linkOwner) connect() bool {
+// connect returns true if there is a connection, after dialling if need be. After
+// an attempt in vain it waits a little, unless it is urgent: a candidate asks for
+// a vote once in an election timeout, and the peer may be back since.
+func (o *linkOwner) connect(urgent bool) bool {
 	if o.client != nil {
 		return true
 	}
 	s := o.server
-	if time.Now().Before(o.retryAt) {
+	if !urgent && time.Now().Before(o.retryAt) {
 		return false
 	}
 	conn, client, directory, err := s.dial(o.to, o.channel)

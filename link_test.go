@@ -166,3 +166,35 @@ func TestHangupLosesNothing(t *testing.T) {
 		}
 	})
 }
+
+// A candidate asks for votes also where an attempt to connect was in vain a moment
+// ago: the node may be back since, and the next election is a timeout away.
+func TestVotesAreAskedForAfterARefusal(t *testing.T) {
+	for seed := range uint64(20) {
+		synctest.Test(t, func(t *testing.T) {
+			h := NewHarness(t, 3, WithSeed(seed))
+			defer h.Shutdown()
+			leader, term := h.CheckSingleLeader()
+			i := (leader + 1) % 3
+			h.DisconnectPeer(i)
+			time.Sleep(2 * time.Second) // so long that connections were given up
+			ctx, cancel := context.WithCancel(t.Context())
+			defer cancel()
+			since := time.Now()
+			for e := range h.Server(i).Events(ctx) {
+				if e.Kind == EventPreVote && e.Time.After(since) {
+					break
+				}
+			}
+			synctest.Wait() // it has tried to connect
+			h.ReconnectPeer(i)
+			if !h.eventually(func() bool { return h.Server(i).Status().Leader != "" }) {
+				t.Fatal("it has found no leader")
+			}
+			h.Transfer(i)
+			if now, next := h.CheckSingleLeader(); now != i || next != term+1 {
+				t.Errorf("seed %d: node %d leads term %d, want %d in term %d", seed, now, next, i, term+1)
+			}
+		})
+	}
+}
