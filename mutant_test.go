@@ -146,9 +146,13 @@ func TestMutantsApply(t *testing.T) {
 		_, err := conf.Check(path.Join("example.com/raft", dir), fset, list, nil)
 		return err
 	}
+	sound := map[string]bool{} // packages that compile
 	for _, m := range readMutants(t) {
-		if err := check(m.file, ""); err != nil {
-			t.Fatalf("%s itself does not compile: %v", filepath.Dir(m.file), err)
+		if dir := filepath.Dir(m.file); !sound[dir] {
+			if err := check(m.file, ""); err != nil {
+				t.Fatalf("%s itself does not compile: %v", dir, err)
+			}
+			sound[dir] = true
 		}
 		if err := check(m.file, m.apply(t)); err != nil {
 			t.Errorf("mutant %s does not compile: %v", m.path, err)
