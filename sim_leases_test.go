@@ -165,12 +165,7 @@ func TestSimLeases(t *testing.T) {
 		return
 	}
 	var got simReads
-	began := time.Now() // the wall clock chooses how many seeds run only
-	for seed := uint64(1); (seed <= 30 || time.Since(began) < *simDuration) && !t.Failed(); seed++ {
-		res := runSim(seed, plan)
-		reportSim(t, seed, plan, res)
-		got.add(res.reads)
-	}
+	runSeeds(t, seedsFrom(1, plan, atLeast(30)), func(_ uint64, res simResult) { got.add(res.reads) })
 	t.Logf("%+v", got)
 	if got.byLease == 0 || got.allowed == got.byLease || got.withheld == 0 || got.sleeps == 0 || got.refused == 0 {
 		t.Errorf("something did not happen: %+v", got)

@@ -308,11 +308,8 @@ func TestSimDiskFaults(t *testing.T) {
 	missing := func() bool {
 		return got.RefusedStart == 0 || got.RefusedRead == 0 || got.Wiped == 0 || got.FullWrites == 0 || got.FullStarts == 0 || got.Noticed == 0 || got.Rejected == 0 || got.ReadErrors == 0
 	}
-	for seed := uint64(1); seed <= 14 || missing() && seed <= 100; seed++ { // rot is read by few
-		res := runSim(seed, plan)
-		reportSim(t, seed, plan, res)
-		got.add(res.losses)
-	}
+	more := func(n int) bool { return n < 14 || missing() && n < 100 } // rot is read by few
+	runSeeds(t, seedsFrom(1, plan, more), func(_ uint64, res simResult) { got.add(res.losses) })
 	t.Logf("%+v", got)
 	if missing() {
 		t.Errorf("some fault did not happen, or had no effect: %+v", got)
@@ -334,11 +331,7 @@ func TestSimHungDisks(t *testing.T) {
 		return
 	}
 	var got simLosses
-	for seed := uint64(1); seed <= 20; seed++ {
-		res := runSim(seed, plan)
-		reportSim(t, seed, plan, res)
-		got.add(res.losses)
-	}
+	runSeeds(t, seedsFrom(1, plan, func(n int) bool { return n < 20 }), func(_ uint64, res simResult) { got.add(res.losses) })
 	t.Logf("%+v", got)
 	if got.Hung < 20 || got.Yielded < 5 {
 		t.Errorf("some fault did not happen, or had no effect: %+v", got)

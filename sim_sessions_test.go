@@ -245,12 +245,7 @@ func TestSimSessions(t *testing.T) {
 		replaySim(t, plan)
 		return
 	}
-	began := time.Now() // the wall clock chooses how many seeds run only
-	for seed := uint64(1); (seed <= 20 || time.Since(began) < *simDuration) && !t.Failed(); seed++ {
-		res := runSim(seed, plan)
-		reportSim(t, seed, plan, res)
-		got.add(res.sessions)
-	}
+	runSeeds(t, seedsFrom(1, plan, atLeast(20)), func(_ uint64, res simResult) { got.add(res.sessions) })
 	t.Logf("%+v", got)
 	if got.Opened == 0 || got.Again == 0 || got.Repeated == 0 || got.Dropped == 0 || got.Ended == 0 || got.Closed == 0 {
 		t.Errorf("something did not happen: %+v", got)

@@ -683,12 +683,7 @@ func TestSimSnapshots(t *testing.T) {
 				replaySim(t, plan)
 				return
 			}
-			began := time.Now() // the wall clock chooses how many seeds run only
-			for seed := uint64(1); (seed <= 20 || time.Since(began) < *simDuration) && !t.Failed(); seed++ {
-				res := runSim(seed, plan)
-				reportSim(t, seed, plan, res)
-				got.add(res.snaps)
-			}
+			runSeeds(t, seedsFrom(1, plan, atLeast(20)), func(_ uint64, res simResult) { got.add(res.snaps) })
 		})
 	}
 	t.Logf("%+v", got)

@@ -5,6 +5,7 @@ import (
 	"errors"
 	flags "flag"
 	"fmt"
+	"iter"
 	"math/rand/v2"
 	"os"
 	"runtime"
@@ -681,33 +682,74 @@ func TestSim(t *testing.T) {
 		base = uint64(time.Now().UnixNano()) // the wall clock chooses the seeds only
 	}
 	t.Logf("fresh seeds from -sim.base=%d", base)
-	sum := runSeeds(t, base, *simSeeds, *simDuration)
+	sum := &simSummary{}
+	started := time.Now()
+	plan := simPlan{test: "TestSim", disk: *simDiskFlag}
+	n := *simSeeds
+	if *simDuration > 0 {
+		n = 0
+	}
+	runSeeds(t, seedsFrom(base, plan, atLeast(n)), func(seed uint64, res simResult) {
+		sum.add(res)
+		if h := slices.Max(append(res.healTimes, 0)); h > 6 {
+			t.Logf("seed %d took %.2f election timeouts to heal", seed, h)
+		}
+	})
+	sum.wall = time.Since(started)
 	t.Log(sum)
 	if sum.seeds >= 20 && (sum.committed == 0 || sum.members.committed == 0 || sum.answered == 0 || sum.reads.allowed == 0 || sum.reads.refused == 0 || sum.sessions.Opened == 0 || sum.sessions.Asked == 0 || len(sum.heals) == 0) {
 		t.Errorf("the simulation did nothing: %v", sum)
 	}
 }
 
-// runSeeds runs n seeds, or for d if that is positive, and reports the failures.
-func runSeeds(t *testing.T, base uint64, n int, d time.Duration) *simSummary {
-	defer debug.SetGCPercent(debug.SetGCPercent(400)) // a run is short and small
-	sum := &simSummary{}
-	started := time.Now()
-	for i := 0; (d > 0 && time.Since(started) < d) || (d <= 0 && i < n); i++ {
-		seed := base + uint64(i)
-		plan := simPlan{test: "TestSim", disk: *simDiskFlag}
-		res := runSim(seed, plan)
-		sum.add(res)
-		if h := slices.Max(append(res.healTimes, 0)); h > 6 {
-			t.Logf("seed %d took %.2f election timeouts to heal", seed, h)
-		}
-		reportSim(t, seed, plan, res)
-		if t.Failed() {
-			break
+// seedsFrom yields seeds with their plan, for as long as more wants the next one.
+// It is asked when there is somebody to run it, with how many came before.
+func seedsFrom(base uint64, plan simPlan, more func(n int) bool) iter.Seq2[uint64, simPlan] {
+	return func(yield func(uint64, simPlan) bool) {
+		for n := 0; more(n) && yield(base+uint64(n), plan); n++ {
 		}
 	}
-	sum.wall = time.Since(started)
-	return sum
+}
+
+// atLeast wants n seeds, and more for as long as -sim.duration says: the wall
+// clock chooses how many seeds run only.
+func atLeast(n int) func(int) bool {
+	began := time.Now()
+	return func(had int) bool { return had < n || time.Since(began) < *simDuration }
+}
+
+// runSeeds runs seeds, as many at once as there are processors, each on one
+// goroutine. It reports their failures and hands over their results, in order, and
+// ends with the first failure.
+func runSeeds(t *testing.T, seeds iter.Seq2[uint64, simPlan], add func(seed uint64, res simResult)) {
+	t.Helper()
+	defer debug.SetGCPercent(debug.SetGCPercent(400)) // a run is short and small
+	type run struct {
+		seed   uint64
+		plan   simPlan
+		result chan simResult
+	}
+	next, stop := iter.Pull2(seeds)
+	defer stop()
+	var runs []run
+	for more := true; ; {
+		for more && !t.Failed() && len(runs) < runtime.GOMAXPROCS(0) {
+			r := run{result: make(chan simResult, 1)}
+			if r.seed, r.plan, more = next(); more {
+				go func() { r.result <- runSim(r.seed, r.plan) }()
+				runs = append(runs, r)
+			}
+		}
+		if len(runs) == 0 {
+			return
+		}
+		r := runs[0]
+		runs = runs[1:]
+		if res := <-r.result; !t.Failed() {
+			reportSim(t, r.seed, r.plan, res)
+			add(r.seed, res)
+		}
+	}
 }
 
 // TestSimHashes prints one digest of the traces of many seeds. It must be the
@@ -721,13 +763,11 @@ func TestSimHashes(t *testing.T) {
 	digest := sha256.New()
 	started := time.Now()
 	steps := 0
-	for seed := base; seed < base+uint64(*simHashes); seed++ {
-		plan := simPlan{test: "TestSim", disk: *simDiskFlag}
-		res := runSim(seed, plan)
-		reportSim(t, seed, plan, res)
+	plan := simPlan{test: "TestSim", disk: *simDiskFlag}
+	runSeeds(t, seedsFrom(base, plan, func(n int) bool { return n < *simHashes }), func(seed uint64, res simResult) {
 		steps += res.steps
 		fmt.Fprintf(digest, "%d %016x %d %d %d\n", seed, res.hash, res.steps, len(res.struck), res.committed)
-	}
+	})
 	t.Logf("seeds %d to %d, %d steps in %v, GOMAXPROCS %d, race %v: digest %x",
 		base, base+uint64(*simHashes)-1, steps, time.Since(started).Round(time.Second), runtime.GOMAXPROCS(0), raceEnabled, digest.Sum(nil)[:16])
 }
@@ -738,7 +778,11 @@ func TestSimRegressions(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	ran := 0
+	type seedAndPlan struct {
+		seed uint64
+		plan simPlan
+	}
+	var list []seedAndPlan
 	for line := range strings.Lines(string(b)) {
 		what, why, _ := strings.Cut(line, "#")
 		words := strings.Fields(what)
@@ -761,23 +805,39 @@ func TestSimRegressions(t *testing.T) {
 		if err != nil || strings.TrimSpace(why) == "" {
 			t.Fatalf("seeds.txt: %q: want a seed, what it needs, and # why: %v", line, err)
 		}
-		ran++
-		reportSim(t, seed, plan, runSim(seed, plan))
+		list = append(list, seedAndPlan{seed, plan})
 	}
-	if ran == 0 {
+	if len(list) == 0 {
 		t.Error("no seeds")
 	}
+	runSeeds(t, func(yield func(uint64, simPlan) bool) {
+		for _, s := range list {
+			if !yield(s.seed, s.plan) {
+				return
+			}
+		}
+	}, func(uint64, simResult) {})
 }
 
 // TestSimReplays runs seeds twice: a simulation that does not repeat itself
 // can't be debugged.
 func TestSimReplays(t *testing.T) {
-	for seed := uint64(1); seed <= 8; seed++ {
-		plan := simPlan{test: "TestSim"}
-		a, b := runSim(seed, plan), runSim(seed, plan)
-		reportSim(t, seed, plan, a)
-		if a.hash != b.hash || a.steps != b.steps {
+	var before simResult
+	runSeeds(t, func(yield func(uint64, simPlan) bool) {
+		for seed := uint64(1); seed <= 8; seed++ {
+			plan := simPlan{test: "TestSim"}
+			if !yield(seed, plan) || !yield(seed, plan) {
+				return
+			}
+		}
+	}, func(seed uint64, res simResult) {
+		if before.steps == 0 {
+			before = res
+			return
+		}
+		if a, b := before, res; a.hash != b.hash || a.steps != b.steps {
 			t.Errorf("seed %d: hash %016x after %d steps, then %016x after %d", seed, a.hash, a.steps, b.hash, b.steps)
 		}
-	}
+		before = simResult{}
+	})
 }
