@@ -393,6 +393,7 @@ func TestHostileNames(t *testing.T) {
 			conn := invented(t, h, NodeID(fmt.Sprintf("stranger\n%d", i)), leader, channelControl)
 			if i%2 == 0 {
 				conn.Close()
+				synctest.Wait() // the node notices, before it has too many
 			} else {
 				defer conn.Close()
 			}
