@@ -228,6 +228,7 @@ func TestSnapshotToFounder(t *testing.T) {
 		for i := range 2 {
 			h.TakeSnapshot(i)
 		}
+		synctest.Wait()    // the log is cut
 		for i := range 2 { // what they know of the forming is forgotten
 			h.CrashPeer(i)
 		}
