@@ -105,12 +105,11 @@ func (a *applier) configAfter(run Entries) configAt {
 	return a.config
 }
 
-// metaAfter says what the state includes once run is applied, sessions as well.
-func (a *applier) metaAfter(run Entries) []byte {
+// metaAfter says what the state includes once run is applied.
+func (a *applier) metaAfter(run Entries) *SnapshotMeta {
 	conf := a.configAfter(run)
 	last := run.Len() - 1
-	m := SnapshotMeta{Last: EntryID{run.Last(), run.term(last)}, Time: lastTimeOf(run), ConfigIndex: conf.index, Config: conf.data}
-	return m.encodeWith(a.sessions)
+	return &SnapshotMeta{Last: EntryID{run.Last(), run.term(last)}, Time: lastTimeOf(run), ConfigIndex: conf.index, Config: conf.data}
 }
 
 // next returns the next run of committed entries, from memory or from storage.
@@ -205,20 +204,20 @@ func (a *applier) execute(p *portion, results [][]byte, current *Index) error {
 }
 
 // applyOnDisk has a portion executed and, in the same transaction, stored what
-// the state includes then. The results of sessions are part of that, so it is
-// made when they are there.
+// that changes in the library's table. The results of sessions are part of it,
+// so it is made when they are there.
 func (a *applier) applyOnDisk(p *portion, results [][]byte) error {
 	out := p.results(results)
-	var meta []byte
-	err := a.disk.ApplyOnDisk(p.commands, out, func() []byte {
-		if meta == nil {
+	var changes []MetaChange
+	err := a.disk.ApplyOnDisk(p.commands, out, func() []MetaChange {
+		if changes == nil {
 			p.returned(out, results)
 			a.sessions.executed(p, results)
-			meta = a.metaAfter(p.run.slice(0, p.to))
+			changes = a.sessions.changes(a.metaAfter(p.run.slice(0, p.to)), p.sessions)
 		}
-		return meta
+		return changes
 	})
-	if err == nil && meta == nil {
+	if err == nil && changes == nil {
 		err = errMetaNotStored
 	}
 	return err

@@ -447,7 +447,7 @@ func TestBackupOnDisk(t *testing.T) {
 			if got := tableLines(g, 0); got != "a0 a1 a2 a3 a4" || fresh.restores != 1 {
 				t.Fatalf("restored %q, %d times", got, fresh.restores)
 			}
-			if meta, _, err := readMeta(tableMachine{fresh}); err != nil || meta.Last != record.Next {
+			if meta, _, err := loadMeta(tableMachine{fresh}); err != nil || meta.Last != record.Next {
 				t.Fatalf("the database says %+v, %v", meta, err)
 			}
 			g.Add()

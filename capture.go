@@ -321,7 +321,7 @@ func callRestore(ctx context.Context, m StateMachine, meta *SnapshotMeta, r Snap
 	at := int64(meta.Sessions)
 	in := &contextReader{ctx: ctx, r: io.NewSectionReader(r, at, r.Size()-at)}
 	if d, ok := m.(OnDisk); ok {
-		err = d.RestoreOnDisk(bufio.NewReaderSize(in, 256<<10), meta.encodeWith(sessions))
+		err = d.RestoreOnDisk(bufio.NewReaderSize(in, 256<<10), sessions.rows(meta))
 	} else {
 		err = m.Restore(bufio.NewReaderSize(in, 256<<10))
 	}

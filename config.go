@@ -69,22 +69,37 @@ type BatchApplier interface {
 // of its own, so that a restart need neither restore a snapshot nor apply the
 // log again. Its methods are then called in place of Apply and Restore.
 //
-// meta is opaque. It says what the state includes, so it must change in the same
-// transaction as the state: after a crash both are as they were, or both as they
-// are now. It has some hundred bytes and, where clients open sessions, all of
-// these with the results that they keep, at most Config.MaxSessionsBytes more. Transactions may be made durable later, if they
-// are in order. Entries come only when the log on this node's disk has them.
+// The database also keeps a table for the library, apart from the state: it says
+// what the state includes, and has the sessions of clients with the results that
+// they keep. So it must change in the same transaction as the state: after a
+// crash both are as they were, or both as they are now. Transactions may be made
+// durable later, if they are in order. Entries come only when the log on this
+// node's disk has them.
+//
+// Keys and values of the table are opaque. A key has 1 to 17 bytes, a value at
+// least one; beside results, which have at most Config.MaxResultBytes, values are
+// short. A transaction changes what its entries have changed: some 40 bytes, and
+// with a session's request some 100 more and its result.
 type OnDisk interface {
-	// Meta returns what the newest transaction that survived has stored, nil in
-	// an empty database. It is called once, by Start.
-	Meta() ([]byte, error)
-	// ApplyOnDisk executes the entries, sets one result per entry, and then
-	// calls meta and stores what it returns. After an error or a panic nothing
-	// more is applied on this node.
-	ApplyOnDisk(entries []Entry, results [][]byte, meta func() []byte) error
-	// RestoreOnDisk replaces the whole state by what a Capture wrote, and stores meta.
-	RestoreOnDisk(r io.Reader, meta []byte) error
+	// LoadMeta calls each for every key of the table and the value that the newest
+	// transaction that survived left there, in any order; not at all with an empty
+	// database. It returns the error that each returns. each keeps neither slice.
+	// Start calls it once.
+	LoadMeta(each func(key, value []byte) error) error
+	// ApplyOnDisk executes the entries, sets one result per entry, and then calls
+	// meta and makes the changes that it returns in the table. Called again, meta
+	// returns the same. After an error or a panic nothing more is applied on this
+	// node.
+	ApplyOnDisk(entries []Entry, results [][]byte, meta func() []MetaChange) error
+	// RestoreOnDisk replaces the whole state by what a Capture wrote, and the whole
+	// table by meta, which removes nothing: no key that was there before stays,
+	// and none that the Capture may have brought along.
+	RestoreOnDisk(r io.Reader, meta []MetaChange) error
 }
+
+// MetaChange sets one key of the library's table in a database, or removes it if
+// Value is nil.
+type MetaChange struct{ Key, Value []byte }
 
 // Config describes a node. ID, ClusterID, StateMachine and one of Dir and
 // Storage are required; zero values elsewhere mean the default.

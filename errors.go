@@ -34,7 +34,7 @@ var ErrOutcomeUnknown = errors.New("raft: outcome unknown")
 
 var errResultDropped = errors.New("raft: entry was applied, but its result is no longer held")
 
-var errMetaNotStored = errors.New("raft: ApplyOnDisk has not called meta: it must store what meta returns, in the same transaction")
+var errMetaNotStored = errors.New("raft: ApplyOnDisk has not called meta: it must make the changes that meta returns, in the same transaction")
 
 var errRestored = errors.New("raft: the node was restored from another node's snapshot, which may include the command")
 
@@ -199,6 +199,22 @@ type StateMachineError struct {
 func (e *StateMachineError) Error() string {
 	return fmt.Sprintf("raft: the state machine includes entry %d of term %d, and the log, which ends with entry %d of term %d, does not: use the database and the data directory that belong together, or remove this node from the cluster and add it again with both empty; nothing was changed",
 		e.State.Index, e.State.Term, e.Log.Index, e.Log.Term)
+}
+
+// MetaError refuses what a state machine on disk has kept for the library (see
+// OnDisk). Nothing was changed.
+type MetaError struct {
+	Key   []byte // where the table is wrong; nil if it is as a whole
+	Found string // what is wrong
+	Do    string // what to do
+}
+
+func (e *MetaError) Error() string {
+	where := ""
+	if e.Key != nil {
+		where = fmt.Sprintf(" at key %x", e.Key)
+	}
+	return fmt.Sprintf("raft: the state machine's LoadMeta gave a table that can't be used%s: %s; %s", where, e.Found, e.Do)
 }
 
 // IdentityError refuses a data directory that is not this node's.

@@ -192,7 +192,7 @@ func TestOnceOnDisk(t *testing.T) {
 // A machine that stores nothing with its transactions is found out.
 type forgetfulTable struct{ tableMachine }
 
-func (m forgetfulTable) ApplyOnDisk(entries []Entry, results [][]byte, meta func() []byte) error {
+func (m forgetfulTable) ApplyOnDisk(entries []Entry, results [][]byte, meta func() []MetaChange) error {
 	return nil
 }
 

@@ -1,11 +1,11 @@
 package raft
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"slices"
 	"strings"
 	"testing"
@@ -18,12 +18,42 @@ type table struct {
 	versions []tableVersion // oldest first; the last is what readers see
 	applies  int            // commands executed, also before a crash
 	restores int
+	changes  [][]MetaChange // of each transaction, also before a crash
 	fault    error
 }
 
 type tableVersion struct {
 	lines []string
-	meta  []byte
+	meta  map[string]string
+}
+
+// change makes changes in a copy of the library's table.
+func (v tableVersion) change(meta []MetaChange) map[string]string {
+	rows := map[string]string{}
+	maps.Copy(rows, v.meta)
+	for _, c := range meta {
+		if rows[string(c.Key)] = string(c.Value); c.Value == nil {
+			delete(rows, string(c.Key))
+		}
+	}
+	return rows
+}
+
+func (v tableVersion) each(f func(key, value []byte) error) error {
+	for k, value := range v.meta { // in any order
+		if err := f([]byte(k), []byte(value)); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// rows returns the library's table in the order of its keys.
+func (v tableVersion) rows() (rows []MetaChange) {
+	for _, k := range slices.Sorted(maps.Keys(v.meta)) {
+		rows = append(rows, MetaChange{[]byte(k), []byte(v.meta[k])})
+	}
+	return rows
 }
 
 func (d *table) newest() tableVersion {
@@ -41,12 +71,18 @@ type tableMachine struct{ *table }
 
 func (m tableMachine) Apply(Entry) []byte      { panic("Apply of a machine on disk") }
 func (m tableMachine) Restore(io.Reader) error { panic("Restore of a machine on disk") }
-func (m tableMachine) Meta() ([]byte, error)   { return m.newest().meta, m.fault }
 func (m tableMachine) Snapshot() (Capture, error) {
 	return CaptureBytes(strings.Join(m.newest().lines, "\n")), nil
 }
 
-func (m tableMachine) ApplyOnDisk(entries []Entry, results [][]byte, meta func() []byte) error {
+func (m tableMachine) LoadMeta(each func(key, value []byte) error) error {
+	if m.fault != nil {
+		return m.fault
+	}
+	return m.newest().each(each)
+}
+
+func (m tableMachine) ApplyOnDisk(entries []Entry, results [][]byte, meta func() []MetaChange) error {
 	if m.fault != nil {
 		return m.fault
 	}
@@ -56,17 +92,18 @@ func (m tableMachine) ApplyOnDisk(entries []Entry, results [][]byte, meta func()
 		results[i] = fmt.Append(nil, len(lines))
 		m.applies++
 	}
-	m.versions = append(m.versions, tableVersion{lines, bytes.Clone(meta())})
+	m.changes = append(m.changes, meta())
+	m.versions = append(m.versions, tableVersion{lines, m.newest().change(meta())})
 	return nil
 }
 
-func (m tableMachine) RestoreOnDisk(r io.Reader, meta []byte) error {
+func (m tableMachine) RestoreOnDisk(r io.Reader, meta []MetaChange) error {
 	b, err := io.ReadAll(r)
 	if err != nil {
 		return err
 	}
 	m.restores++
-	m.versions = append(m.versions, tableVersion{strings.Split(string(b), "\n"), bytes.Clone(meta)})
+	m.versions = append(m.versions, tableVersion{strings.Split(string(b), "\n"), tableVersion{}.change(meta)})
 	return nil
 }
 
@@ -197,20 +234,20 @@ func TestOnDiskRefusals(t *testing.T) {
 	other := snapshotUpTo(3, 99, 1)
 	ahead := snapshotUpTo(1000, 1, 1)
 	for name, c := range map[string]struct {
-		meta  []byte
+		meta  []MetaChange
 		fault error
 		want  string
 	}{
-		"ahead":      {ahead.encode(nil), nil, "includes entry 1000"},
-		"another":    {other.encode(nil), nil, "includes entry 3 of term 99"},
-		"garbage":    {[]byte("garbage"), nil, "return the stored bytes as they are"},
+		"ahead":      {newSessionTable().rows(&ahead), nil, "includes entry 1000"},
+		"another":    {newSessionTable().rows(&other), nil, "includes entry 3 of term 99"},
+		"garbage":    {[]MetaChange{{[]byte("garbage"), []byte("x")}}, nil, "start with an empty one"},
 		"unreadable": {nil, errors.New("table is locked"), "table is locked"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			onTables(t, 1, func(t *testing.T, h *Harness, tables []*table) {
 				proposeN(t, h, "a", 5)
 				h.CrashPeer(0)
-				tables[0].versions = append(tables[0].versions, tableVersion{meta: c.meta})
+				tables[0].versions = append(tables[0].versions, tableVersion{meta: tableVersion{}.change(c.meta)})
 				tables[0].fault = c.fault
 				if err := h.tryStart(0); err == nil || !strings.Contains(err.Error(), c.want) {
 					t.Fatalf("Start: %v, want %q", err, c.want)

@@ -163,7 +163,7 @@ func (r *reportingReader) ReadAt(p []byte, off int64) (int, error) {
 // keeps its state on disk is left alone if it is there already.
 func (s *Server) restoreState(ctx context.Context, c *core, rec *Recovered) error {
 	if d, ok := s.conf.StateMachine.(OnDisk); ok {
-		meta, sessions, err := readMeta(d)
+		meta, sessions, err := loadMeta(d)
 		if err != nil {
 			return err
 		}
@@ -183,21 +183,6 @@ func (s *Server) restoreState(ctx context.Context, c *core, rec *Recovered) erro
 		c.restored(s.restoredFrom)
 	}
 	return err
-}
-
-func readMeta(d OnDisk) (*SnapshotMeta, *sessionTable, error) {
-	b, err := d.Meta()
-	if err != nil {
-		return nil, nil, fmt.Errorf("raft: the state machine's Meta failed: %w; open its database before Start", err)
-	}
-	if b == nil {
-		return &SnapshotMeta{}, nil, nil
-	}
-	meta, sessions, err := decodeWithSessions(b)
-	if err != nil {
-		return nil, nil, fmt.Errorf("raft: the state machine's Meta returned %d bytes that are not what ApplyOnDisk or RestoreOnDisk was given (%w); return the stored bytes as they are", len(b), err)
-	}
-	return &meta, sessions, nil
 }
 
 // restore restores the state machine from what restoreNewest chooses.

@@ -61,6 +61,8 @@ type sessionTable struct {
 	bytes    uint64
 	reserved uint64         // what results may add that are not recorded yet
 	ended    []endedSession // the newest of those that ended, oldest first
+	uses     uint64         // how often a session was put at the end of the ring
+	stored   storedRows
 }
 
 // session is one client's. Its neighbours in the ring are ordered by last use.
@@ -71,6 +73,8 @@ type session struct {
 	kept         []*keptResult
 	bytes        uint64
 	older, newer *session
+	place        uint64 // in the ring: those used later have higher ones
+	mark         uint64 // of its row in the database
 }
 
 // keptResult is what a request was answered, for whoever sends it again.
@@ -79,6 +83,30 @@ type keptResult struct {
 	at   EntryID
 	data []byte
 	size uint64 // of a result that is too large to be kept; otherwise 0
+	mark uint64 // of its row in the database
+}
+
+// storedRows says what the database of a state machine on disk has of a table
+// (ondisk.go); with another state machine it stays empty. Each row there has a
+// mark, which is not 0.
+type storedRows struct {
+	sum    uint64    // of all marks
+	uses   uint64    // sessions with a higher place are there as they were before
+	gone   []goneRow // that are still there
+	single [3][]byte // the rows of which there is one
+}
+
+// goneRow is the row of a session that has ended, or of a result, if seq is not
+// 0, that was dropped.
+type goneRow struct {
+	id        SessionID
+	seq, mark uint64
+}
+
+func (r *storedRows) remove(id SessionID, seq, mark uint64) {
+	if mark != 0 {
+		r.gone = append(r.gone, goneRow{id, seq, mark})
+	}
 }
 
 type endedSession struct {
@@ -231,6 +259,7 @@ func (t *sessionTable) raise(s *session, floor uint64) {
 		cost := resultCost + uint64(len(s.kept[n].data))
 		s.bytes -= cost
 		t.bytes -= cost
+		t.stored.remove(s.id, s.kept[n].seq, s.kept[n].mark)
 		n++
 	}
 	s.kept = slices.Delete(s.kept, 0, n)
@@ -246,10 +275,15 @@ func (t *sessionTable) record(a *admission, result []byte) {
 		return
 	}
 	k.data = slices.Clone(result) // the proposer may change what it is given
-	if t.byID[s.id] == s && k.seq >= s.floor {
+	if t.keeps(s, k) {
 		s.bytes += n
 		t.bytes += n
 	}
+}
+
+// keeps says whether k, which s has had, is still there.
+func (t *sessionTable) keeps(s *session, k *keptResult) bool {
+	return t.byID[s.id] == s && k.seq >= s.floor
 }
 
 // shrink ends sessions until the bounds are kept: those used longest ago if
@@ -274,6 +308,13 @@ func (t *sessionTable) end(s *session, why SessionReason) {
 	delete(t.byID, s.id)
 	t.bytes -= sessionCost + s.bytes
 	t.noteEnd(endedSession{s.id, why})
+	if s.mark == 0 {
+		return
+	}
+	t.stored.remove(s.id, 0, s.mark)
+	for _, k := range s.kept {
+		t.stored.remove(s.id, k.seq, k.mark)
+	}
 }
 
 func (t *sessionTable) noteEnd(e endedSession) {
@@ -295,6 +336,8 @@ func (t *sessionTable) missing(id SessionID) *SessionError {
 
 // link makes s the session that was used last.
 func (t *sessionTable) link(s *session) {
+	t.uses++
+	s.place = t.uses
 	s.older, s.newer = t.root.older, &t.root
 	s.older.newer, s.newer.older = s, s
 }

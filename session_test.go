@@ -456,9 +456,9 @@ func TestSessionModel(t *testing.T) {
 		single, cut := newSessionTable(), newSessionTable()
 		for first := 0; first < len(ops); {
 			n := rapid.IntRange(1, len(ops)-first).Draw(t, "run")
-			got := applyOps(t, cut, first, ops[first:first+n])
+			got := applyOps(t, cut, first, ops[first:first+n], nil)
 			for i := range n {
-				alone := applyOps(t, single, first+i, ops[first+i:first+i+1])
+				alone := applyOps(t, single, first+i, ops[first+i:first+i+1], nil)
 				if got[i] != want[first+i] || alone[0] != want[first+i] {
 					t.Fatalf("entry %d (%+v): told %q in a run and %q alone, the model says %q", first+i+1, ops[first+i], got[i], alone[0], want[first+i])
 				}
@@ -481,8 +481,9 @@ func TestSessionModel(t *testing.T) {
 }
 
 // applyOps gives a table one run and returns what each proposer is told. The
-// state machine returns its commands.
-func applyOps(t *rapid.T, table *sessionTable, first int, ops []sessionOp) []string {
+// state machine returns its commands. after, if there is one, is called with
+// each portion that was executed.
+func applyOps(t *rapid.T, table *sessionTable, first int, ops []sessionOp, after func(*portion)) []string {
 	var run Entries
 	for i, op := range ops {
 		var b entryBuilder
@@ -516,6 +517,9 @@ func applyOps(t *rapid.T, table *sessionTable, first int, ops []sessionOp) []str
 		table.executed(&p, results)
 		for _, a := range p.sessions {
 			told[a.at] = describeOutcome(a.outcome(EntryID{run.First() + Index(a.at), 1}))
+		}
+		if after != nil {
+			after(&p)
 		}
 	}
 	return told

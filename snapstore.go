@@ -204,33 +204,6 @@ func (m *SnapshotMeta) encode(b []byte) []byte {
 	return append(b, m.Config...)
 }
 
-// encodeWith returns what a state machine on disk keeps: a header and, behind
-// it, the sessions, whose length the header says.
-func (m SnapshotMeta) encodeWith(sessions *sessionTable) []byte {
-	table := sessions.encode(nil)
-	m.Sessions = uint64(len(table))
-	return append(m.encode(nil), table...)
-}
-
-// decodeWithSessions reads what encodeWith returned.
-func decodeWithSessions(b []byte) (SnapshotMeta, *sessionTable, error) {
-	const fixed = 1 + 16 + 5*8
-	if len(b) < fixed {
-		return SnapshotMeta{}, nil, errSnapshotMeta
-	}
-	n := binary.LittleEndian.Uint64(b[fixed-8:])
-	if n > uint64(len(b)-fixed) {
-		return SnapshotMeta{}, nil, errSnapshotMeta
-	}
-	at := len(b) - int(n)
-	m, err := decodeSnapshotMeta(b[:at])
-	if err != nil {
-		return m, nil, err
-	}
-	sessions, err := decodeSessions(b[at:])
-	return m, sessions, err
-}
-
 var errSnapshotMeta = errors.New("raft: snapshot header is malformed")
 
 func decodeSnapshotMeta(b []byte) (m SnapshotMeta, err error) {

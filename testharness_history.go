@@ -215,7 +215,7 @@ func applyOne(m StateMachine, e Entry) []byte {
 	results := make([][]byte, 1)
 	switch m := m.(type) {
 	case OnDisk:
-		if err := m.ApplyOnDisk([]Entry{e}, results, func() []byte { return nil }); err != nil {
+		if err := m.ApplyOnDisk([]Entry{e}, results, func() []MetaChange { return nil }); err != nil {
 			return []byte("error: " + err.Error())
 		}
 	case BatchApplier:

@@ -549,15 +549,16 @@ type harnessDiskMachine struct {
 	disk OnDisk
 }
 
-func (m harnessDiskMachine) Meta() ([]byte, error) {
-	b, err := m.disk.Meta()
-	if meta, _, wrong := decodeWithSessions(b); err == nil && wrong == nil {
-		m.includes(meta.Last.Index)
-	}
-	return b, err
+func (m harnessDiskMachine) LoadMeta(each func(key, value []byte) error) error {
+	return m.disk.LoadMeta(func(key, value []byte) error {
+		if last, ok := includedUpTo(key, value); ok {
+			m.includes(last)
+		}
+		return each(key, value)
+	})
 }
 
-func (m harnessDiskMachine) ApplyOnDisk(entries []Entry, results [][]byte, meta func() []byte) error {
+func (m harnessDiskMachine) ApplyOnDisk(entries []Entry, results [][]byte, meta func() []MetaChange) error {
 	m.turn <- struct{}{}
 	defer func() { <-m.turn }()
 	err := m.disk.ApplyOnDisk(entries, results, meta)
@@ -569,7 +570,7 @@ func (m harnessDiskMachine) ApplyOnDisk(entries []Entry, results [][]byte, meta 
 	return err
 }
 
-func (m harnessDiskMachine) RestoreOnDisk(r io.Reader, meta []byte) error {
+func (m harnessDiskMachine) RestoreOnDisk(r io.Reader, meta []MetaChange) error {
 	return m.restore(r, func(r io.Reader) error { return m.disk.RestoreOnDisk(r, meta) })
 }
 

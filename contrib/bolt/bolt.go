@@ -15,6 +15,7 @@ import (
 	"sync"
 
 	"go.etcd.io/bbolt"
+	bolterrors "go.etcd.io/bbolt/errors"
 
 	"example.com/raft"
 )
@@ -35,10 +36,7 @@ var (
 	_ raft.OnDisk       = (*Machine)(nil)
 )
 
-var (
-	metaBucket = []byte("raft")
-	metaKey    = []byte("meta")
-)
+var metaBucket = []byte("raft") // of the library's table
 
 // Open opens or creates the database. apply executes one command within a
 // transaction and returns its result; what it refuses is a result too. Its
@@ -68,28 +66,44 @@ func (m *Machine) Close() error {
 	return m.db.Close()
 }
 
-// Meta implements raft.OnDisk.
-func (m *Machine) Meta() (meta []byte, err error) {
-	err = m.View(func(tx *bbolt.Tx) error {
+// LoadMeta implements raft.OnDisk.
+func (m *Machine) LoadMeta(each func(key, value []byte) error) error {
+	return m.View(func(tx *bbolt.Tx) error {
 		if b := tx.Bucket(metaBucket); b != nil {
-			meta = slices.Clone(b.Get(metaKey))
+			return b.ForEach(each)
 		}
 		return nil
 	})
-	return meta, err
 }
 
-func putMeta(tx *bbolt.Tx, meta []byte) error {
+// change makes changes in the library's table.
+func change(tx *bbolt.Tx, meta []raft.MetaChange) error {
 	b, err := tx.CreateBucketIfNotExists(metaBucket)
-	if err != nil {
+	for _, c := range meta {
+		switch {
+		case err != nil:
+			return err
+		case c.Value == nil:
+			err = b.Delete(c.Key)
+		default:
+			err = b.Put(c.Key, c.Value)
+		}
+	}
+	return err
+}
+
+// replace makes meta the whole table. The one that is there came with the
+// snapshot, from another node.
+func replace(tx *bbolt.Tx, meta []raft.MetaChange) error {
+	if err := tx.DeleteBucket(metaBucket); err != nil && !errors.Is(err, bolterrors.ErrBucketNotFound) {
 		return err
 	}
-	return b.Put(metaKey, meta)
+	return change(tx, meta)
 }
 
-// ApplyOnDisk implements raft.OnDisk: all entries, and what they make of meta,
-// in one transaction.
-func (m *Machine) ApplyOnDisk(entries []raft.Entry, results [][]byte, meta func() []byte) error {
+// ApplyOnDisk implements raft.OnDisk: all entries, and what they change in the
+// library's table, in one transaction.
+func (m *Machine) ApplyOnDisk(entries []raft.Entry, results [][]byte, meta func() []raft.MetaChange) error {
 	m.mu.RLock()
 	defer m.mu.RUnlock()
 	return m.db.Update(func(tx *bbolt.Tx) error {
@@ -100,7 +114,7 @@ func (m *Machine) ApplyOnDisk(entries []raft.Entry, results [][]byte, meta func(
 			}
 			results[i] = slices.Clone(r) // it may point into the transaction
 		}
-		return putMeta(tx, meta())
+		return change(tx, meta())
 	})
 }
 
@@ -139,14 +153,14 @@ func (u *untilDone) Write(p []byte) (int, error) {
 
 // RestoreOnDisk implements raft.OnDisk. The file is replaced when the new one
 // is complete and synced, so that a crash leaves the one or the other.
-func (m *Machine) RestoreOnDisk(r io.Reader, meta []byte) error {
+func (m *Machine) RestoreOnDisk(r io.Reader, meta []raft.MetaChange) error {
 	tmp := m.path + ".restore"
 	if err := writeFile(tmp, r); err != nil {
 		return errors.Join(err, os.Remove(tmp))
 	}
 	db, err := bbolt.Open(tmp, 0o600, nil)
 	if err == nil {
-		err = errors.Join(db.Update(func(tx *bbolt.Tx) error { return putMeta(tx, meta) }), db.Close())
+		err = errors.Join(db.Update(func(tx *bbolt.Tx) error { return replace(tx, meta) }), db.Close())
 	}
 	if err != nil {
 		return errors.Join(fmt.Errorf("bolt: the snapshot is no database: %w", err), os.Remove(tmp))

@@ -200,6 +200,178 @@ func TestSession(t *testing.T) {
 	})
 }
 
+// rows returns the library's table as LoadMeta gives it.
+func rows(t *testing.T, m *bolt.Machine) string {
+	t.Helper()
+	var b strings.Builder
+	if err := m.LoadMeta(func(key, value []byte) error {
+		fmt.Fprintf(&b, "%s=%s ", key, value)
+		return nil
+	}); err != nil {
+		t.Fatal(err)
+	}
+	return b.String()
+}
+
+// The table has what was set last, and a snapshot's table is replaced whole:
+// neither a row of the old state nor one that came with the snapshot stays.
+func TestTable(t *testing.T) {
+	set := func(key, value string) raft.MetaChange {
+		return raft.MetaChange{Key: []byte(key), Value: []byte(value)}
+	}
+	machines := make([]*bolt.Machine, 2)
+	for i := range machines {
+		m, err := bolt.Open(filepath.Join(t.TempDir(), "state"), add)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer m.Close()
+		machines[i] = m
+		for _, changes := range [][]raft.MetaChange{
+			{set("a", "1"), set("b", "1")},
+			{set("own", strconv.Itoa(i)), {Key: []byte("a")}, set("c"+strconv.Itoa(i), "1")},
+		} {
+			if err := m.ApplyOnDisk(nil, nil, func() []raft.MetaChange { return changes }); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	if got := rows(t, machines[0]); got != "b=1 c0=1 own=0 " {
+		t.Fatalf("rows %q", got)
+	}
+	c, err := machines[1].Snapshot()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	var snapshot strings.Builder
+	if err := c.WriteTo(t.Context(), &snapshot); err != nil {
+		t.Fatal(err)
+	}
+	if err := machines[0].RestoreOnDisk(strings.NewReader(snapshot.String()), []raft.MetaChange{set("x", "1"), set("y", "2")}); err != nil {
+		t.Fatal(err)
+	}
+	if got := rows(t, machines[0]); got != "x=1 y=2 " {
+		t.Fatalf("rows %q after a snapshot was restored", got)
+	}
+	failed := errors.New("stop here")
+	if err := machines[0].LoadMeta(func(_, _ []byte) error { return failed }); !errors.Is(err, failed) {
+		t.Fatalf("LoadMeta: %v", err)
+	}
+}
+
+// client asks requests of many sessions and remembers the answers.
+type client struct {
+	t        *testing.T
+	h        *raft.Harness
+	sessions []raft.SessionID
+	answers  map[raft.RequestID]raft.Result // the newest of each session
+}
+
+func (c *client) open(node, n int) {
+	c.t.Helper()
+	c.h.CheckSingleLeader()
+	c.sessions, c.answers = nil, map[raft.RequestID]raft.Result{}
+	for range n {
+		id, err := c.h.Server(node).OpenSession(c.t.Context())
+		if err != nil {
+			c.t.Fatal(err)
+		}
+		c.sessions = append(c.sessions, id)
+	}
+}
+
+func (c *client) ask(node int, id raft.RequestID) raft.Result {
+	c.t.Helper()
+	r, err := c.h.Server(node).ProposeOnce(c.t.Context(), id, []byte("a 1"))
+	if err != nil {
+		c.t.Fatalf("%+v at node %d: %v", id, node, err)
+	}
+	return r
+}
+
+// next asks request seq of each session. Every second one keeps the answers.
+func (c *client) next(node int, seq uint64) {
+	c.t.Helper()
+	for i, s := range c.sessions {
+		id := raft.RequestID{Session: s, Seq: seq, DoneBelow: 1}
+		if i%2 == 0 {
+			id.DoneBelow = seq
+			delete(c.answers, raft.RequestID{Session: s, Seq: seq - 1, DoneBelow: seq - 1})
+		}
+		c.answers[id] = c.ask(node, id)
+	}
+}
+
+// again asks everything once more, which executes nothing.
+func (c *client) again(node int, want string, m *bolt.Machine) {
+	c.t.Helper()
+	for id, r := range c.answers {
+		if got := c.ask(node, id); got.Index != r.Index || got.Term != r.Term || string(got.Data) != string(r.Data) {
+			c.t.Errorf("%+v at node %d is answered %+v, before %+v", id, node, got, r)
+		}
+	}
+	if got := number(m, "a"); got != want {
+		c.t.Errorf("node %d has %q, want %s", node, got, want)
+	}
+}
+
+// Sessions are in the database that a node is opened with again: as it was, with
+// the newest transactions lost, and with another node's in its place.
+func TestSessionsReopen(t *testing.T) {
+	cluster(t, func(t *testing.T, h *raft.Harness, machines []*bolt.Machine) {
+		c := &client{t: t, h: h}
+		c.open(0, 20)
+		c.next(0, 1)
+		c.next(1, 2)
+		applied(t, h, 2)
+		older := filepath.Join(t.TempDir(), "older")
+		path := ""
+		if err := machines[2].View(func(tx *bbolt.Tx) error {
+			path = tx.DB().Path()
+			return tx.CopyFile(older, 0o600)
+		}); err != nil {
+			t.Fatal(err)
+		}
+		c.next(2, 3)
+		for i := range 3 {
+			h.CrashPeer(i)
+			h.RestartPeer(i)
+			applied(t, h, i)
+			c.again(i, "60", machines[i])
+		}
+		h.CrashPeer(2)
+		if err := errors.Join(machines[2].Close(), os.Rename(older, path)); err != nil {
+			t.Fatal(err)
+		}
+		h.RestartPeer(2)
+		applied(t, h, 2)
+		c.again(2, "60", machines[2])
+
+		leader, _ := h.CheckSingleLeader()
+		behind := (leader + 1) % 3
+		h.CrashPeer(behind)
+		old := c.sessions
+		c.open(leader, 5)
+		c.next(leader, 1)
+		for _, s := range old { // the leader's database has them until the next command
+			if err := h.Server(leader).CloseSession(t.Context(), s); err != nil {
+				t.Fatal(err)
+			}
+		}
+		h.TakeSnapshot(leader)
+		h.TakeSnapshot((leader + 2) % 3)
+		h.RestartPeer(behind)
+		applied(t, h, behind)
+		for range 2 {
+			c.again(behind, "65", machines[behind])
+			h.CrashPeer(behind)
+			h.RestartPeer(behind)
+			applied(t, h, behind)
+		}
+	})
+}
+
 // A failing transaction changes nothing, and the node says why it stopped.
 func TestApplyFails(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
@@ -248,14 +420,17 @@ func TestRestoreGarbage(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer m.Close()
-	if err := m.ApplyOnDisk([]raft.Entry{{Index: 2, Data: []byte("a 1")}}, make([][]byte, 1), func() []byte { return []byte("meta") }); err != nil {
+	row := func(value string) []raft.MetaChange {
+		return []raft.MetaChange{{Key: []byte("k"), Value: []byte(value)}}
+	}
+	if err := m.ApplyOnDisk([]raft.Entry{{Index: 2, Data: []byte("a 1")}}, make([][]byte, 1), func() []raft.MetaChange { return row("v") }); err != nil {
 		t.Fatal(err)
 	}
-	if err := m.RestoreOnDisk(strings.NewReader(strings.Repeat("garbage", 10_000)), []byte("other")); err == nil {
+	if err := m.RestoreOnDisk(strings.NewReader(strings.Repeat("garbage", 10_000)), row("other")); err == nil {
 		t.Fatal("garbage was restored")
 	}
-	if meta, err := m.Meta(); err != nil || string(meta) != "meta" || number(m, "a") != "1" {
-		t.Fatalf("meta %q, %v, a %q", meta, err, number(m, "a"))
+	if got := rows(t, m); got != "k=v " || number(m, "a") != "1" {
+		t.Fatalf("rows %q, a %q", got, number(m, "a"))
 	}
 	if _, err := os.Stat(path + ".restore"); !errors.Is(err, os.ErrNotExist) {
 		t.Fatalf("a file was left: %v", err)
