@@ -58,6 +58,7 @@ func (c *core) tick() {
 	case c.role == Leader:
 		c.checkQuorum()
 	default:
+		c.forwardTo = 0 // it answers nothing either, most likely: proposals wait for who leads next
 		c.startCampaign()
 	}
 }

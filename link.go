@@ -5,6 +5,7 @@ import (
 	"net"
 	"net/rpc"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -24,6 +25,7 @@ type link struct {
 	conn    net.Conn // the owner's, for hangup
 	hungUp  bool     // conn was closed by hangup: what is queued after that is not for it
 
+	deposed atomic.Bool // another server leads than this peer
 	wakeup  chan struct{}
 	answers chan *rpc.Call
 }
@@ -139,6 +141,7 @@ type linkOwner struct {
 	since       time.Time // conn was dialled
 	directory   [16]byte  // of the peer on conn, or on the last one
 	outstanding int       // calls whose answers are to come
+	owed        int       // of these, calls that were made because the peer led
 	heard       time.Time // the last answer, or when the first unanswered call was sent
 	retryAt     time.Time // no dialling before
 	out         []outgoing
@@ -154,12 +157,25 @@ func (o *linkOwner) restFor() time.Duration {
 		// taken for dead (leaderLeft).
 		return max(linkIdleTimeout, 2*o.server.conf.HeartbeatInterval)
 	}
-	return max(o.server.linkPatience()-time.Since(o.heard), time.Millisecond)
+	return max(o.patience()-time.Since(o.heard), time.Millisecond)
 }
+
+// patience is how long calls may stay unanswered before the connection is taken
+// for hung. The core watches appends itself. Who has proposed or read something
+// at a leader that is replaced must learn soon that there is no answer: another
+// leader could give one. A forward and a read wait for no disk there.
+func (o *linkOwner) patience() time.Duration {
+	if o.owed > 0 && o.deposed.Load() {
+		return o.server.conf.ElectionTimeout / 2
+	}
+	return o.server.linkPatience()
+}
+
+func (s *Server) linkPatience() time.Duration { return 2 * s.conf.ElectionTimeout }
 
 // send issues what was queued and writes all of it at once.
 func (o *linkOwner) send() {
-	if o.outstanding > 0 && time.Since(o.heard) >= o.server.linkPatience() {
+	if o.outstanding > 0 && time.Since(o.heard) >= o.patience() {
 		o.disconnect() // it answers nothing: dial anew
 	}
 	if o.client != nil && (o.wasHungUp() || o.client.Err() != nil) {
@@ -195,8 +211,10 @@ func (o *linkOwner) issue(out outgoing) {
 	case out.m.vote != nil:
 		o.client.Go(methodRequestVote, &call[voteArgs]{V: *out.m.vote}, &call[voteReply]{}, o.answers)
 	case out.ask != nil:
+		o.owed++
 		o.client.Go(methodReadIndex, &call[readArgs]{V: readArgs{o.server.selfID(), out.ask.Lease}}, &call[readReply]{}, o.answers)
 	default:
+		o.owed++
 		args := forwardArgs{From: o.server.selfID(), Count: len(out.batch.proposals), Encoded: out.batch.entries.buf, batch: out.batch}
 		o.client.Go(methodForward, &call[forwardArgs]{V: args}, &call[forwardReply]{}, o.answers)
 	}
@@ -292,6 +310,10 @@ func (o *linkOwner) answered(first *rpc.Call) {
 	for i, c := range o.calls {
 		if c.Error != nil {
 			broken = true
+		}
+		switch c.Args.(type) {
+		case *call[readArgs], *call[forwardArgs]:
+			o.owed--
 		}
 		cm.transition(func(core *core) { o.server.stepAnswer(core, o.to, o.directory, c) })
 		o.calls[i] = nil
@@ -403,12 +425,8 @@ func (s *Server) readEntries(q entryRequest) {
 	s.cm.step(func(c *core) { c.entriesRead(q, entries) })
 }
 
-// linkPatience is how long calls may stay unanswered before the connection is
-// taken for hung. The core watches appends itself.
-func (s *Server) linkPatience() time.Duration { return 2 * s.conf.ElectionTimeout }
-
-// send, hangup, read, canForward, forward and ask are the transport that the
-// module drives; its lock is held, so none of them waits.
+// send, hangup, leads, read, canForward, forward and ask are the transport that
+// the module drives; its lock is held, so none of them waits.
 
 func (s *Server) send(m message) {
 	ch := channelControl
@@ -423,6 +441,16 @@ func (s *Server) send(m message) {
 func (s *Server) hangup(to memberID) {
 	if l := s.links[linkKey{to, channelAppend}]; l != nil {
 		l.hangup()
+	}
+}
+
+// leads tells the links who leads: those that wait for a former leader's answers
+// wait less long from now on.
+func (s *Server) leads(leader memberID) {
+	for k, l := range s.links {
+		if l.deposed.Store(k.to != leader); k.to != leader {
+			wake(l.wakeup)
+		}
 	}
 }
 

@@ -86,6 +86,7 @@ type ConsensusModule struct {
 type transport interface {
 	send(m message)             // a request
 	hangup(to memberID)         // close the append connection
+	leads(leader memberID)      // which is another one than before
 	read(q entryRequest)        // read entries and step entriesRead
 	snapshot(q snapshotRequest) // send the newest snapshot and step snapshotSent
 	canForward(to memberID) bool
@@ -361,6 +362,9 @@ func (cm *ConsensusModule) handOver(out *effects) {
 	cm.events.add(out.events)
 	cm.runLeadership()
 	if now := c.visible(); now != cm.stateSeen {
+		if now.leader != 0 && now.leader != cm.stateSeen.leader {
+			cm.transport.leads(now.leader)
+		}
 		cm.stateSeen = now
 		close(cm.changed)
 		cm.changed = make(chan struct{})
