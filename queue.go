@@ -1,6 +1,7 @@
 package raft
 
 import (
+	"container/list"
 	"context"
 	"slices"
 	"sort"
@@ -12,6 +13,7 @@ import (
 type Proposal struct {
 	state  atomic.Uint32
 	done   chan struct{} // closed once result and err are set
+	place  *list.Element // among those that wait for room; nil: it does not. Guarded by the queue's lock
 	result Result
 	err    error
 }
@@ -54,7 +56,7 @@ func (p *Proposal) finish(err error) {
 type proposalQueue struct {
 	mu        sync.Mutex
 	batch     proposalBatch
-	waiting   []waitingProposal // callers that wait for room, in the order in which they came
+	waiting   list.List // of waitingProposal: callers that wait for room, in the order in which they came
 	maxBytes  int
 	closed    error        // why nothing is accepted any more
 	lastBytes int          // size of the batch taken last: the next one is likely as large
@@ -89,10 +91,10 @@ func (q *proposalQueue) add(kind entryKind, head, cmd []byte, p *Proposal, waits
 	switch {
 	case q.closed != nil:
 		return q.closed
-	case len(q.waiting) == 0 && q.fits(w):
+	case q.waiting.Len() == 0 && q.fits(w):
 		q.put(w)
-	case waits && len(q.waiting) < maxWaiting:
-		q.waiting = append(q.waiting, w)
+	case waits && q.waiting.Len() < maxWaiting:
+		p.place = q.waiting.PushBack(w)
 	default:
 		return ErrOverloaded
 	}
@@ -106,23 +108,31 @@ func (q *proposalQueue) fits(w waitingProposal) bool {
 
 // admit gives room to those that wait for it, in turn. mu is held.
 func (q *proposalQueue) admit() {
-	n := 0
-	for n < len(q.waiting) && q.fits(q.waiting[n]) {
-		q.put(q.waiting[n])
-		n++
+	for first := q.waiting.Front(); first != nil; first = q.waiting.Front() {
+		w := first.Value.(waitingProposal)
+		if !q.fits(w) {
+			return
+		}
+		q.leave(w.p)
+		q.put(w)
 	}
-	q.waiting = slices.Delete(q.waiting, 0, n)
+}
+
+// leave ends a wait for room. It costs the same however many wait: all of them
+// may give up at once. mu is held.
+func (q *proposalQueue) leave(p *Proposal) {
+	q.waiting.Remove(p.place)
+	p.place = nil
 }
 
 // withdraw takes a proposal back that still waits for room.
 func (q *proposalQueue) withdraw(p *Proposal) bool {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	i := slices.IndexFunc(q.waiting, func(w waitingProposal) bool { return w.p == p })
-	if i < 0 {
+	if p.place == nil {
 		return false
 	}
-	q.waiting = slices.Delete(q.waiting, i, i+1)
+	q.leave(p)
 	q.admit() // it may have been the one that was too large
 	return true
 }
@@ -242,10 +252,12 @@ func (q *proposalQueue) close(err error) (rejected []*Proposal) {
 	defer q.mu.Unlock()
 	q.closed = err
 	rejected = q.batch.taken().proposals
-	for _, w := range q.waiting {
-		rejected = append(rejected, w.p)
+	for first := q.waiting.Front(); first != nil; first = q.waiting.Front() {
+		p := first.Value.(waitingProposal).p
+		q.leave(p)
+		rejected = append(rejected, p)
 	}
-	q.batch, q.waiting = proposalBatch{}, nil
+	q.batch = proposalBatch{}
 	q.bytes.Store(0)
 	return rejected
 }

@@ -86,3 +86,35 @@ func TestQueueIsBounded(t *testing.T) {
 		t.Errorf("a closed queue says %v", third.err)
 	}
 }
+
+// All that wait for room may give up in the same moment, as clients with one
+// deadline do. That takes no longer for each than for a few, since the node's
+// steps wait for the queue meanwhile.
+func TestQueueGivenUpByAll(t *testing.T) {
+	q := proposalQueue{maxBytes: 1}
+	first := newWaiting(&q, "first", true)
+	var ps []*Proposal
+	for range maxWaiting {
+		ps = append(ps, newWaiting(&q, "waits", true))
+	}
+	if err := newWaiting(&q, "one too many", true).err; !errors.Is(err, ErrOverloaded) {
+		t.Fatalf("with %d waiting: %v", maxWaiting, err)
+	}
+	began := time.Now()
+	for _, p := range ps[1:] {
+		if !q.withdraw(p) || q.withdraw(p) {
+			t.Fatal("a proposal that waits must be withdrawn once")
+		}
+	}
+	if took := time.Since(began); took > 2*time.Second {
+		t.Errorf("%d gave up in %v", len(ps)-1, took)
+	}
+	if q.withdraw(first) {
+		t.Error("a proposal that is queued was withdrawn")
+	}
+	for _, want := range []string{"[first]", "[waits]", "[]"} {
+		if got := fmt.Sprint(commandsOf(q.take(1 << 20))); got != want {
+			t.Errorf("took %s, want %s", got, want)
+		}
+	}
+}
