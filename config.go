@@ -13,7 +13,8 @@ import (
 
 // StateMachine is what a service keeps identical on all nodes. Its methods are
 // called one at a time, perhaps before Start returns, never after Close has
-// returned nil. The same entries must have the same effect on every node: use
+// returned nil. A service that reads its state meanwhile guards it by a lock of
+// its own (see the example of Server.ReadIndex). The same entries must have the same effect on every node: use
 // Entry.Time for time, and neither map order nor randomness.
 type StateMachine interface {
 	// Apply takes a committed command and returns its result, which goes to

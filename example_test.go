@@ -239,6 +239,30 @@ func ExampleServer_ProposeOnce() {
 	// 50 <nil>
 }
 
+// A read on any node that includes everything acknowledged before it. Apply runs
+// beside it, on another goroutine, so the state machine guards its state, here
+// by an atomic, by a mutex where there is more of it.
+func ExampleServer_ReadIndex() {
+	nodes, machines := cluster()
+	for _, n := range nodes {
+		defer n.Close()
+	}
+	ctx := context.Background()
+	_, err := nodes[0].Propose(ctx, []byte("42"))
+	if err != nil {
+		fmt.Println(err)
+		return
+	}
+	for i, n := range nodes {
+		_, err := n.ReadIndex(ctx)
+		fmt.Println(machines[i].sum.Load(), err)
+	}
+	// Output:
+	// 42 <nil>
+	// 42 <nil>
+	// 42 <nil>
+}
+
 // A node may lag behind the one that acknowledged a write. WaitApplied waits
 // until the write can be read here.
 func ExampleServer_WaitApplied() {

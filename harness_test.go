@@ -160,7 +160,7 @@ func TestHarnessChecksFail(t *testing.T) {
 		{"a node that fails", 3, func(h *Harness) {
 			h.CheckSingleLeader()
 			h.Server(1).cm.fail(errDisk)
-		}, "node 1 failed: " + errDisk.Error()},
+		}, "node 1 has ended by itself: " + errDisk.Error()},
 		{"a connection left open", 1, func(h *Harness) {
 			memNetwork(h).Listen("stray:1")
 		}, "1 connections or listeners were left open"},

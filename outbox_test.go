@@ -158,6 +158,53 @@ func TestPendingKeepsBoundedResults(t *testing.T) {
 	}
 }
 
+// Results count too: a run of small commands may have large ones.
+func TestPendingKeepsBoundedLargeResults(t *testing.T) {
+	w := pending{maxKept: 1000}
+	w.forwardBegins()
+	for i := range 20 {
+		w.onApplied(sealed(Index(i+1), 1, "x"), outcomes{data: [][]byte{make([]byte, 400)}}, nil, nil)
+	}
+	if n := len(w.kept); n == 0 || n*400 > 1000 {
+		t.Errorf("keeps %d results of 400 bytes, at most 1000 bytes were asked for", n)
+	}
+}
+
+// Any of those that wait may give up, and all of them in the same moment: that
+// is done under the module's lock, so it must not go through all for each.
+func TestPendingWaitsGivenUp(t *testing.T) {
+	w := pending{}
+	const n = 50000
+	var waits []*appliedWait
+	for i := range n {
+		a := &appliedWait{index: Index(i + 1), done: make(chan struct{})}
+		w.wait(a)
+		waits = append(waits, a)
+	}
+	began := time.Now()
+	for i, a := range waits {
+		if i%10 != 0 {
+			w.cancel(a)
+			w.cancel(a) // once is enough
+		}
+	}
+	if took := time.Since(began); took > 2*time.Second {
+		t.Errorf("%d gave up in %v", n/10*9, took)
+	}
+	if w.highest() != n-9 {
+		t.Errorf("highest is %d, want %d", w.highest(), n-9)
+	}
+	e := sealed(1, 1, "a", "b", "c", "d", "e", "f", "g", "h", "i", "j", "k")
+	if _, woken := w.onApplied(e, resultsOf(e), nil, nil); len(woken) != 2 || woken[0] != waits[0].done || woken[1] != waits[10].done {
+		t.Errorf("%d are woken, want 2", len(woken))
+	}
+	w.cancel(waits[10]) // it comes too late
+	w.cancel(waits[20])
+	if _, woken := w.stop(outcomeUnknown(ErrStopped)); len(woken) != n/10-3 || woken[0] != waits[30].done {
+		t.Errorf("stop wakes %d, want %d", len(woken), n/10-3)
+	}
+}
+
 func TestPendingWaits(t *testing.T) {
 	w := pending{applied: 3}
 	closed := func(c chan struct{}) bool {

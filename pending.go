@@ -15,6 +15,7 @@ import (
 type pending struct {
 	groups  []pendingGroup
 	waits   []*appliedWait // by ascending index
+	gone    int            // how many of them were cancelled
 	applied Index
 	term    Term  // of entry applied
 	stopped error // nothing is applied any more: what everybody is told
@@ -35,14 +36,16 @@ type pendingGroup struct {
 // appliedWait is somebody who waits until entry index is applied, or never will
 // be here: then err says why, once done is closed.
 type appliedWait struct {
-	index Index
-	done  chan struct{}
-	err   error
+	index   Index
+	done    chan struct{}
+	err     error
+	waiting bool // it is in waits, and was not cancelled
 }
 
 type keptResults struct {
 	entries Entries
 	results outcomes
+	bytes   int // of both
 }
 
 // outcomes is what a run of entries returned: one result for each, and what
@@ -168,7 +171,12 @@ func (w *pending) jump(last EntryID) (settled []*Proposal, woken []chan struct{}
 func (w *pending) reached(woken []chan struct{}) []chan struct{} {
 	n := 0
 	for n < len(w.waits) && w.waits[n].index <= w.applied {
-		woken = append(woken, w.waits[n].done)
+		if a := w.waits[n]; a.waiting {
+			a.waiting = false
+			woken = append(woken, a.done)
+		} else {
+			w.gone--
+		}
 		n++
 	}
 	w.waits = slices.Delete(w.waits, 0, n)
@@ -176,10 +184,14 @@ func (w *pending) reached(woken []chan struct{}) []chan struct{} {
 }
 
 func (w *pending) keep(e Entries, results outcomes) {
-	w.kept = append(w.kept, keptResults{e, results})
-	w.keptBytes += e.size()
+	n := e.size()
+	for _, data := range results.data {
+		n += len(data)
+	}
+	w.kept = append(w.kept, keptResults{e, results, n})
+	w.keptBytes += n
 	for w.keptBytes > w.maxKept && len(w.kept) > 1 {
-		w.keptBytes -= w.kept[0].entries.size()
+		w.keptBytes -= w.kept[0].bytes
 		w.kept = slices.Delete(w.kept, 0, 1)
 	}
 }
@@ -207,18 +219,29 @@ func (w *pending) wait(a *appliedWait) {
 		}
 		return 1
 	})
+	a.waiting = true
 	w.waits = slices.Insert(w.waits, at, a)
 }
 
-// cancel gives up a wait.
+// cancel gives up a wait, if it still is one. All may be given up in the same
+// moment, so waits is not gone through for each.
 func (w *pending) cancel(a *appliedWait) {
-	w.waits = slices.DeleteFunc(w.waits, func(b *appliedWait) bool { return b == a })
+	if !a.waiting {
+		return
+	}
+	a.waiting = false
+	if w.gone++; w.gone > len(w.waits)/2 {
+		w.waits = slices.DeleteFunc(w.waits, func(b *appliedWait) bool { return !b.waiting })
+		w.gone = 0
+	}
 }
 
 // highest returns the highest index that anybody waits for, 0 if nobody does.
 func (w *pending) highest() (i Index) {
-	if n := len(w.waits); n > 0 {
-		i = w.waits[n-1].index
+	for k := len(w.waits) - 1; k >= 0 && i == 0; k-- {
+		if w.waits[k].waiting {
+			i = w.waits[k].index
+		}
 	}
 	for _, g := range w.groups {
 		i = max(i, g.first.Index+Index(len(g.proposals))-1)
@@ -239,9 +262,11 @@ func (w *pending) stop(err error) (settled []*Proposal, woken []chan struct{}) {
 		}
 	}
 	for _, a := range w.waits {
-		a.err = errors.Unwrap(w.stopped)
-		woken = append(woken, a.done)
+		if a.waiting {
+			a.waiting, a.err = false, errors.Unwrap(w.stopped)
+			woken = append(woken, a.done)
+		}
 	}
-	w.groups, w.waits, w.kept = nil, nil, nil
+	w.groups, w.waits, w.gone, w.kept = nil, nil, 0, nil
 	return settled, woken
 }

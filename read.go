@@ -172,7 +172,7 @@ func (s *Server) ReadLease(ctx context.Context) (Index, error) { return s.linear
 // linearizable then (thesis 6.4). Any node takes reads: one that does not lead
 // asks the leader. A read writes nothing to any disk. The result is the index
 // as of which the state was read, or a later one. The error is ctx's, matches
-// ErrNoLeader (with ctx's) if no leader could be asked, or ErrStopped.
+// ErrNoLeader (with ctx's) if no leader could be asked, or is one of WaitApplied.
 func (s *Server) ReadIndex(ctx context.Context) (Index, error) { return s.linearize(ctx, false) }
 
 func (s *Server) linearize(ctx context.Context, lease bool) (Index, error) {

@@ -283,7 +283,7 @@ func (s *Server) submit(kind entryKind, head, cmd []byte, id *RequestID, waits b
 
 // WaitApplied returns once this node has applied entry i: a write that another
 // node acknowledged with Result.Index can then be read here. The error is
-// ctx's, or matches ErrStopped or *ApplyError.
+// ctx's, or matches ErrStopped, *ApplyError, or *SnapshotError of a Restore.
 func (s *Server) WaitApplied(ctx context.Context, i Index) error {
 	cm := s.cm
 	cm.mu.Lock()

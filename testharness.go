@@ -235,7 +235,7 @@ func (h *Harness) Shutdown() {
 	for _, node := range h.nodes {
 		if node.running {
 			if err := node.server.Err(); err != nil {
-				h.t.Errorf("node %d failed: %v (CrashPeer says that a failure was meant)", node.id, err)
+				h.t.Errorf("node %d has ended by itself: %v; if that was meant, call CrashPeer, and to stop a node call that and not Close", node.id, err)
 			}
 			h.close(node)
 		}
@@ -618,7 +618,9 @@ func (h *Harness) FreeDisk(i int) {
 	h.action("Free disk of %d", i)
 }
 
-// Server returns node i's server, the last one if the node has crashed.
+// Server returns node i's server, the last one if the node has crashed. It is
+// the harness's to close: CrashPeer stops a node. RestartPeer makes another
+// server, so what a test runs beside a node, as its jobs, has to be started anew.
 func (h *Harness) Server(i int) *Server {
 	h.t.Helper()
 	return h.node(i).server
