@@ -67,6 +67,7 @@ type proposalQueue struct {
 type proposalBatch struct {
 	entries   entryBuilder
 	proposals []*Proposal
+	isRest    bool // earlier ones were split off: its buffer is the end of a larger one
 }
 
 // waitingProposal is one that found no room. Its caller waits with it, so that
@@ -171,25 +172,30 @@ func (q *proposalQueue) take(maxBytes int) proposalBatch {
 }
 
 // split returns the longest prefix of at most maxBytes, but at least one
-// proposal, and a copy of what is left.
+// proposal, and what is left. The prefix is a copy, so that the log, which holds
+// on to it, does not hold on to the buffer of all.
 func (b proposalBatch) split(maxBytes int) (first, rest proposalBatch) {
-	if len(b.entries.buf) <= maxBytes || len(b.proposals) < 2 {
-		return b, rest
+	n := len(b.proposals)
+	if len(b.entries.buf) > maxBytes {
+		n = sort.Search(n, func(i int) bool { return i > 0 && b.entries.end(i) > maxBytes })
+		n = max(n, min(1, len(b.proposals)))
 	}
-	n := sort.Search(len(b.proposals), func(i int) bool { return i > 0 && b.entries.end(i) > maxBytes })
-	n = max(n, 1)
 	if n == len(b.proposals) {
+		if b.isRest {
+			b.entries.buf = slices.Clone(b.entries.buf)
+		}
 		return b, rest
 	}
-	cut := int(b.entries.offs[n])
-	rest.proposals = slices.Clone(b.proposals[n:])
-	rest.entries.buf = slices.Clone(b.entries.buf[cut:])
-	for _, off := range b.entries.offs[n:] {
-		rest.entries.offs = append(rest.entries.offs, off-uint32(cut))
+	cut := b.entries.offs[n]
+	first.proposals = slices.Clone(b.proposals[:n])
+	first.entries.offs = slices.Clone(b.entries.offs[:n])
+	first.entries.buf = slices.Clone(b.entries.buf[:cut])
+	clear(b.proposals[:n])
+	rest = proposalBatch{entryBuilder{buf: b.entries.buf[cut:], offs: b.entries.offs[n:]}, b.proposals[n:], true}
+	for i := range rest.entries.offs {
+		rest.entries.offs[i] -= cut
 	}
-	b.proposals, b.entries.offs = b.proposals[:n:n], b.entries.offs[:n:n]
-	b.entries.buf = b.entries.buf[:cut:cut]
-	return b, rest
+	return first, rest
 }
 
 // taken marks all proposals as taken and leaves out those that were abandoned.

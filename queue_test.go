@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"runtime"
 	"testing"
 	"time"
 )
@@ -116,5 +117,47 @@ func TestQueueGivenUpByAll(t *testing.T) {
 		if got := fmt.Sprint(commandsOf(q.take(1 << 20))); got != want {
 			t.Errorf("took %s, want %s", got, want)
 		}
+	}
+}
+
+// What is taken from a long queue keeps no more in memory than itself, for the
+// log holds on to it: not the rest of the queue as it was then.
+func TestQueueTakenPinsNothing(t *testing.T) {
+	const size, piece, pieces = 8 << 20, 64 << 10, 200
+	q := proposalQueue{maxBytes: size}
+	cmd := string(bytes.Repeat([]byte{'x'}, 1000))
+	heap := func() uint64 {
+		runtime.GC()
+		var m runtime.MemStats
+		runtime.ReadMemStats(&m)
+		return m.HeapAlloc
+	}
+	before := heap()
+	var held []proposalBatch
+	count, taken := 0, 0
+	for range pieces {
+		for newQueued(&q, cmd).err == nil {
+			count++
+		}
+		held = append(held, q.take(piece))
+	}
+	if n := heap() - before; n > 4*size+pieces*piece {
+		t.Errorf("a queue of %d MiB and %d KiB that were taken hold %d MiB", size>>20, pieces*piece>>10, n>>20)
+	}
+	for q.next() > 0 {
+		held = append(held, q.take(piece))
+	}
+	if n := heap() - before; n > 2*uint64(count*(len(cmd)+200)) {
+		t.Errorf("%d KiB that were taken hold %d KiB", count*len(cmd)>>10, n>>10)
+	}
+	for _, b := range held {
+		for _, got := range commandsOf(b) {
+			if taken++; got != cmd {
+				t.Fatalf("command %d of %d was changed: %.40q", taken, count, got)
+			}
+		}
+	}
+	if taken != count {
+		t.Errorf("%d commands were taken, %d queued", taken, count)
 	}
 }
