@@ -404,3 +404,34 @@ func TestWatchTriesOthers(t *testing.T) {
 		}
 	}
 }
+
+// A node that has had its say about one place of the log has said nothing about
+// a later one: a watch that goes on ends only when no node has what comes next.
+func TestWatchAsksAllAgain(t *testing.T) {
+	t.Cleanup(leaktest.Check(t))
+	requests := 0
+	restarted := startServer(t, func(w http.ResponseWriter, r *http.Request) {
+		if requests++; requests == 1 {
+			w.WriteHeader(http.StatusGone)
+			return
+		}
+		fmt.Fprint(w, "id: 5\ndata: {\"index\":5,\"key\":\"k\",\"value\":\"v\"}\n\n")
+	})
+	slow := startServer(t, func(w http.ResponseWriter, r *http.Request) {
+		fmt.Fprint(w, "id: 4\ndata: {\"index\":4,\"key\":\"k\",\"value\":\"v\"}\n\nevent: gone\ndata: too slow\n\n")
+	})
+	c := newTestClient(t, &http.Transport{}, restarted, slow)
+	c.node.Store(0)
+	var seen []uint64
+	for change, err := range c.Watch(t.Context(), "", 3) {
+		if err != nil {
+			t.Fatal(err)
+		}
+		if seen = append(seen, change.Index); len(seen) == 2 {
+			break
+		}
+	}
+	if len(seen) != 2 || seen[0] != 4 || seen[1] != 5 {
+		t.Errorf("saw %d, want 4 and 5", seen)
+	}
+}

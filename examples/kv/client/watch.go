@@ -87,6 +87,9 @@ func (c *Client) Watch(ctx context.Context, prefix string, after uint64) iter.Se
 		for node := int(c.node.Load() % uint32(len(c.addrs))); ; node = (node + 1) % len(c.addrs) {
 			was := position
 			stopped, err := c.watchNode(ctx, c.addrs[node], prefix, &position, yield)
+			if position != was {
+				gone, pause = 0, firstPause
+			}
 			var status *StatusError
 			switch {
 			case stopped:
@@ -101,9 +104,6 @@ func (c *Client) Watch(ctx context.Context, prefix string, after uint64) iter.Se
 				err = fmt.Errorf("%w: %w", ErrHistoryGone, err)
 			case errors.As(err, &status) && status.Code < 500:
 			default:
-				if position != was {
-					gone, pause = 0, firstPause
-				}
 				err = wait(ctx, pause)
 				pause = min(2*pause, maxPause)
 			}
