@@ -127,7 +127,7 @@ func TestFlagErrorsNameEveryBadFlag(t *testing.T) {
 		t.Fatal("no error")
 	}
 	for _, want := range []string{
-		`"pump" is named twice`, `unknown system "ancestor"; choose from [pump raft]`,
+		`"pump" is named twice`, `unknown system "ancestor"; choose from [pump raft hashicorp etcd etcd-packed]`,
 		`"none" is not a number of clients`, `"0" is not a number of clients`, "1 is named twice",
 		"-size: 0", "-rounds: 0", "-seconds: 0", "-warmup: -1", "-procs: 0", `unexpected argument "extra"`,
 	} {
@@ -170,6 +170,29 @@ func TestRunRefusesTmpfs(t *testing.T) {
 	err := run(context.Background(), []string{"-systems", "pump", "-dir", shm}, io.Discard, io.Discard)
 	if err == nil || !strings.Contains(err.Error(), "tmpfs") || !strings.Contains(err.Error(), "-dir") {
 		t.Errorf("error = %v, want a refusal that says what to do", err)
+	}
+}
+
+// The chart reads what this package writes; its fixture has that form.
+func TestChartFixtureIsWhatJSONWrites(t *testing.T) {
+	want, err := os.ReadFile("chart/testdata/results.json")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var res result
+	if err := json.Unmarshal(want, &res); err != nil {
+		t.Fatal(err)
+	}
+	name := filepath.Join(t.TempDir(), "results.json")
+	if err := writeJSON(name, res); err != nil {
+		t.Fatal(err)
+	}
+	got, err := os.ReadFile(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !bytes.Equal(got, want) {
+		t.Error("what -json writes has other fields than the chart's fixture; bring chart and fixture up to it")
 	}
 }
 
@@ -305,7 +328,7 @@ func TestRunPrintsTheTablesAndCleansUp(t *testing.T) {
 	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(0))
 	var text bytes.Buffer
 	err := run(context.Background(), []string{
-		"-systems", "pump", "-clients", "1,4", "-rounds", "2", "-seconds", "0.05", "-warmup", "0.01",
+		"-systems", "pump", "-clients", "1,4", "-rounds", "2", "-seconds", "0.25", "-warmup", "0.01",
 		"-procs", "3", "-dir", dir, "-allow-tmpfs", "-json", out,
 	}, &text, io.Discard)
 	if err != nil {

@@ -147,10 +147,10 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) (err erro
 			Go: runtime.Version(), OS: runtime.GOOS, Arch: runtime.GOARCH,
 			CPUs: runtime.NumCPU(), GOMAXPROCS: o.procs, FileSystem: fs,
 		},
-		Args: args, Interval: intervalMeaning,
+		Args: args, Size: o.size, Interval: intervalMeaning,
 		Rows: summarize(samples, o.systems, o.clients), Samples: samples,
 	}
-	if err := printTables(stdout, res, o.size); err != nil {
+	if err := printTables(stdout, res); err != nil {
 		return err
 	}
 	if o.json != "" {
@@ -189,7 +189,7 @@ func runAll(ctx context.Context, o options, dir string, progress io.Writer) ([]s
 				}
 				s.System, s.Clients, s.Round = name, n, round
 				samples = append(samples, s)
-				fmt.Fprintf(progress, "%4d clients, round %d of %d: %-6s %8.0f/s\n", n, round+1, o.rounds, name, s.OpsPerSec)
+				fmt.Fprintf(progress, "%4d clients, round %d of %d: %-11s %8.0f/s\n", n, round+1, o.rounds, name, s.OpsPerSec)
 			}
 		}
 	}

@@ -10,14 +10,9 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
-	"sync/atomic"
-	"time"
 
 	"example.com/raft"
 )
-
-// raftFormation bounds how long three fresh nodes may take to have a leader.
-const raftFormation = 30 * time.Second
 
 // raftSystem drives three nodes of this project's library with its default
 // timing. Proposals go to the leader. A round during which leadership moved is
@@ -34,33 +29,27 @@ type raftSystem struct {
 func newRaft() (System, error) { return &raftSystem{}, nil }
 
 // countingMachine is the state machine with the least work: it counts.
-type countingMachine struct {
-	commands, bytes atomic.Int64
-}
+type countingMachine struct{ counts }
 
 func (m *countingMachine) Apply(e raft.Entry) []byte {
-	m.commands.Add(1)
-	m.bytes.Add(int64(len(e.Data)))
+	m.add(e.Data)
 	return nil
 }
 
-// Snapshot captures the two counts.
 func (m *countingMachine) Snapshot() (raft.Capture, error) {
-	commands, bytes := m.commands.Load(), m.bytes.Load()
+	state := m.encode()
 	return raft.CaptureFunc(func(_ context.Context, w io.Writer) error {
-		_, err := fmt.Fprintln(w, commands, bytes)
+		_, err := w.Write(state)
 		return err
 	}), nil
 }
 
 func (m *countingMachine) Restore(r io.Reader) error {
-	var commands, bytes int64
-	if _, err := fmt.Fscan(r, &commands, &bytes); err != nil {
+	state, err := io.ReadAll(r)
+	if err != nil {
 		return err
 	}
-	m.commands.Store(commands)
-	m.bytes.Store(bytes)
-	return nil
+	return m.decode(state)
 }
 
 func (r *raftSystem) Start(dir string) error {
@@ -74,7 +63,7 @@ func (r *raftSystem) Start(dir string) error {
 		listeners = append(listeners, l)
 		members = append(members, raft.Member{ID: raft.NodeID(fmt.Sprintf("n%d", i)), Addr: l.Addr().String()})
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), raftFormation)
+	ctx, cancel := context.WithTimeout(context.Background(), formation)
 	defer cancel()
 	for i, l := range listeners {
 		home := filepath.Join(dir, string(members[i].ID))
@@ -148,7 +137,7 @@ func (r *raftSystem) waitForLeader(ctx context.Context) error {
 			winner = a.node
 			r.leader, r.leadership, r.release = a.node, a.leadership, cancels[a.node]
 		case <-ctx.Done():
-			failed = errors.Join(failed, fmt.Errorf("no leader within %v: %w", raftFormation, ctx.Err()))
+			failed = errors.Join(failed, fmt.Errorf("no leader within %v: %w", formation, ctx.Err()))
 			waiting = 0
 		}
 	}
@@ -175,14 +164,7 @@ func (r *raftSystem) Check(ops int64, size int) error {
 	if r.leadership.Err() != nil {
 		return fmt.Errorf("leadership moved during the round: %w; run it again on a quieter machine", r.leadership.Err())
 	}
-	m := r.machines[r.leader]
-	if got, want := m.commands.Load(), ops; got != want {
-		return fmt.Errorf("the leader applied %d commands, but %d were acknowledged", got, want)
-	}
-	if got, want := m.bytes.Load(), ops*int64(size); got != want {
-		return fmt.Errorf("the leader applied %d bytes, but %d were acknowledged", got, want)
-	}
-	return nil
+	return r.machines[r.leader].check(ops, size)
 }
 
 func (r *raftSystem) Stop() error {

@@ -38,6 +38,7 @@ type ratio struct {
 type result struct {
 	Machine  machine  `json:"machine"`
 	Args     []string `json:"args"`
+	Size     int      `json:"payload_bytes"`
 	Interval string   `json:"interval"`
 	Rows     []row    `json:"rows"`
 	Samples  []sample `json:"samples"`
@@ -130,9 +131,9 @@ func summarize(samples []sample, systems []string, clients []int) []row {
 }
 
 // printTables writes one table per number of clients.
-func printTables(w io.Writer, res result, size int) error {
+func printTables(w io.Writer, res result) error {
 	fmt.Fprintf(w, "%s %s/%s, %d CPUs, GOMAXPROCS %d, %s, payloads of %d bytes\n",
-		res.Machine.Go, res.Machine.OS, res.Machine.Arch, res.Machine.CPUs, res.Machine.GOMAXPROCS, res.Machine.FileSystem, size)
+		res.Machine.Go, res.Machine.OS, res.Machine.Arch, res.Machine.CPUs, res.Machine.GOMAXPROCS, res.Machine.FileSystem, res.Size)
 	fmt.Fprintf(w, "of pump: %s\n", res.Interval)
 	last := 0
 	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', tabwriter.AlignRight)
