@@ -13,6 +13,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"runtime"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -95,6 +96,7 @@ type etcdNode struct {
 	counts
 
 	leads   bool
+	woken   bool // clients were woken that may not have run yet
 	applied uint64
 	flights []*etcdBatch // proposed and not yet applied, in order
 
@@ -338,6 +340,10 @@ func (n *etcdNode) loop() error {
 	ticker := time.NewTicker(etcdTick)
 	defer ticker.Stop()
 	for {
+		// Whoever can run now has something for the next round: more clients with
+		// their proposals, more messages. Without this, rounds stay small where
+		// there are few processors, and a sync for each is all there is time for.
+		runtime.Gosched()
 		if err := n.step(); err != nil {
 			return err
 		}
@@ -404,6 +410,10 @@ func (n *etcdNode) ready() error {
 	}
 	if err := n.apply(rd.CommittedEntries); err != nil {
 		return err
+	}
+	if n.woken {
+		runtime.Gosched() // as in loop, and the disk would hold the processor
+		n.woken = false
 	}
 	if err := n.wal.Save(rd.HardState, rd.Entries); err != nil {
 		return err
@@ -496,6 +506,7 @@ func (n *etcdNode) command(data []byte) error {
 	if b.left == 0 {
 		n.flights = append(n.flights[:0], n.flights[1:]...)
 		close(b.done)
+		n.woken = true
 	}
 	return nil
 }
