@@ -44,6 +44,7 @@ type diskStorage struct {
 	log       *wal.Log
 	snapshots snapshotStore
 	onSpace   atomic.Pointer[func()]
+	onKept    func(error) // told that an old snapshot could not be removed; nil, or set before Open
 
 	// copying is held while staged saves are copied into the log's buffer, so
 	// that they get there in order. It is locked before mu.

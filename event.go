@@ -61,6 +61,7 @@ const (
 	EventHistory                                // Detail: what was done to the data directory, as HistoryRecord says it
 	EventDiskFull                               // there is no space for the log to grow; Err
 	EventDiskSpace                              // there is space again
+	EventSnapshotKept                           // an old one could not be removed; Err. It is tried again with the next
 	EventStarting                               // Detail: how far Start has come, each second
 )
 
@@ -193,6 +194,8 @@ func (e Event) String() string {
 		return fmt.Sprintf("has a full disk: %v", e.Err)
 	case EventDiskSpace:
 		return "has space on its disk again"
+	case EventSnapshotKept:
+		return fmt.Sprintf("keeps an old snapshot until it has another new one: %v", e.Err)
 	case EventStarting:
 		return "starts: " + e.Detail
 	case EventTransfer:

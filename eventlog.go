@@ -102,7 +102,7 @@ func (l *eventLog) write(e Event) {
 	switch e.Kind {
 	case EventElectionTimer, EventVoted, EventPreVote:
 		level = slog.LevelDebug
-	case EventConnection, EventFollowerStarved, EventQuorumLost:
+	case EventConnection, EventFollowerStarved, EventQuorumLost, EventSnapshotKept:
 		level = slog.LevelWarn
 	case EventApplyFailed, EventFollowerLostData:
 		level = slog.LevelError

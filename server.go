@@ -110,6 +110,7 @@ func listen(ctx context.Context, addr string) (net.Listener, error) {
 func (s *Server) recover(ctx context.Context) (*core, error) {
 	if d, ok := s.storage.(*diskStorage); ok {
 		d.options.OnRead = s.progress("reads its log")
+		d.onKept = func(err error) { s.emit(Event{Kind: EventSnapshotKept, Err: err}) }
 	}
 	rec, err := s.storage.Open(ctx, Identity{s.conf.ClusterID, s.conf.ID})
 	if err != nil {

@@ -149,7 +149,12 @@ func (w *snapshotFileWriter) Commit() error {
 	t.metas = slices.DeleteFunc(t.metas, func(m SnapshotMeta) bool { return m.Last == w.meta.Last })
 	t.metas = append(t.metas, w.meta)
 	t.sort()
-	return t.keep(keptSnapshots)
+	// It is stored, whatever becomes of the older ones: whoever is told otherwise
+	// goes on to rely on one of those.
+	if err := t.keep(keptSnapshots); err != nil && w.storage.onKept != nil {
+		w.storage.onKept(err)
+	}
+	return nil
 }
 
 // Write and Sync are snap.Writer's.

@@ -112,6 +112,40 @@ func TestStorageSnapshots(t *testing.T) {
 	}
 }
 
+// A snapshot is stored even if an older one can't be removed, and that is said:
+// whoever took it relies on it from then on, and the next one removes both older
+// ones. The simulator found it (seed 1795550856308605284, before the schedule changed).
+func TestOldSnapshotThatStays(t *testing.T) {
+	mem := vfs.NewMem(rand.New(rand.NewPCG(1, 1)))
+	d := memoryDir(mem)
+	mustOpen(t, d)
+	var kept []error
+	d.onKept = func(err error) { kept = append(kept, err) }
+	fault := errors.New("no such luck")
+	for i := Index(1); i <= 4; i++ {
+		removed := false
+		mem.SetHook(func(op vfs.Op) error {
+			removed = removed || op.Kind == vfs.OpRemove && strings.HasSuffix(op.Name, ".snap")
+			if i == 3 && removed && op.Kind == vfs.OpSyncDir {
+				return fault
+			}
+			return nil
+		})
+		storeSnapshot(t, d, snapshotUpTo(i, 1, byte(i)), "state")
+		checkSnapshot(t, d, snapshotUpTo(i, 1, byte(i)), "state")
+	}
+	mem.SetHook(nil)
+	if len(kept) != 1 || !errors.Is(kept[0], fault) {
+		t.Errorf("told of %v", kept)
+	}
+	if names, err := snap.List(mem, d.snapshots.dir); err != nil || len(names) != keptSnapshots {
+		t.Errorf("there are %v (%v)", names, err)
+	}
+	if err := d.Close(); err != nil {
+		t.Fatal(err)
+	}
+}
+
 // A snapshot replaces a log that is shorter, and one that is longer and has
 // another entry where the snapshot ends. Nothing of that log comes back.
 func TestStorageReplacedLog(t *testing.T) {
