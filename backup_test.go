@@ -13,6 +13,7 @@ import (
 	"strconv"
 	"strings"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -747,30 +748,31 @@ func afterRestore(t *testing.T, mem *vfs.Mem, backup []byte) string {
 // open, and what is left is as after a crash.
 func TestRestoreDiskFailures(t *testing.T) {
 	backup := someBackup(t, "state")
-	broken := errors.New("input/output error")
-	for fail := 1; ; fail++ {
-		mem := vfs.NewMem(rand.New(rand.NewPCG(1, 1)))
-		n, failed := 0, vfs.Op{Size: -1}
-		mem.SetHook(func(op vfs.Op) error {
-			if n++; n == fail {
-				failed = op
-				return broken
+	for _, broken := range []error{errors.New("input/output error"), syscall.ENOSPC} {
+		for fail := 1; ; fail++ {
+			mem := vfs.NewMem(rand.New(rand.NewPCG(1, 1)))
+			n, failed := 0, vfs.Op{Size: -1}
+			mem.SetHook(func(op vfs.Op) error {
+				if n++; n == fail {
+					failed = op
+					return broken
+				}
+				return nil
+			})
+			_, err := memoryDir(mem).restoreBackup(t.Context(), bytes.NewReader(backup), restoreOptions(), time.Now())
+			mem.SetHook(nil)
+			if failed.Size < 0 {
+				if fail < 40 {
+					t.Errorf("only %d operations", fail)
+				}
+				break
 			}
-			return nil
-		})
-		_, err := memoryDir(mem).restoreBackup(t.Context(), bytes.NewReader(backup), restoreOptions(), time.Now())
-		mem.SetHook(nil)
-		if failed.Size < 0 {
-			if fail < 40 {
-				t.Errorf("only %d operations", fail)
+			if err != nil && !errors.Is(err, broken) || mem.OpenFiles() != 0 {
+				t.Fatalf("operation %d, %+v, failed: %v; %d files are open", fail, failed, err, mem.OpenFiles())
 			}
-			break
-		}
-		if err != nil && !errors.Is(err, broken) || mem.OpenFiles() != 0 {
-			t.Fatalf("operation %d, %+v, failed: %v; %d files are open", fail, failed, err, mem.OpenFiles())
-		}
-		if got := afterRestore(t, mem, backup); err == nil && got != "whole" || t.Failed() {
-			t.Fatalf("operation %d, %+v, failed: %v, and it is %s", fail, failed, err, got)
+			if got := afterRestore(t, mem, backup); err == nil && got != "whole" || t.Failed() {
+				t.Fatalf("operation %d, %+v, failed: %v, and it is %s", fail, failed, err, got)
+			}
 		}
 	}
 }

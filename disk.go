@@ -123,7 +123,10 @@ func (d *diskStorage) Open(ctx context.Context, id Identity) (rec Recovered, err
 		return rec, err
 	}
 	d.recovered(&rec, &l)
-	return rec, nil
+	if err = d.dropDamaged(ctx, &rec); err != nil {
+		d.log.Close()
+	}
+	return rec, err
 }
 
 // recovered gives out what was replayed.

@@ -6,7 +6,6 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"slices"
 	"strings"
@@ -37,6 +36,7 @@ type DirectoryReport struct {
 	// read. Err is the same as an error, and is not encoded.
 	Problem string `json:"problem,omitempty"`
 	Err     error  `json:"-"`
+	InUse   bool   `json:"in_use,omitempty"` // because one runs on it already
 
 	ID          NodeID `json:"id"`
 	ClusterID   string `json:"cluster_id"`
@@ -86,7 +86,7 @@ func (d *diskStorage) inspect(ctx context.Context) DirectoryReport {
 	r := DirectoryReport{Dir: d.dir}
 	err := d.inspectLocked(ctx, &r)
 	if err != nil {
-		r.Err, r.Problem = err, err.Error()
+		r.Err, r.Problem, r.InUse = err, err.Error(), errors.As(err, new(*InUseError))
 	}
 	return r
 }
@@ -96,6 +96,12 @@ func (d *diskStorage) inspectLocked(ctx context.Context, r *DirectoryReport) err
 		return fmt.Errorf("raft: %s is no data directory of a node, it has no file identity: %w", d.dir, err)
 	}
 	d.layOut()
+	found, err := d.readIdentity()
+	if err != nil {
+		return err
+	}
+	r.ID, r.ClusterID, r.Copied = found.NodeID, found.ClusterID, found.copied()
+	r.DirectoryID = hex.EncodeToString(found.directory[:])
 	// A directory without the lock's file is in nobody's use, and gets none.
 	if _, err := d.fs.Stat(d.lockFile()); !errors.Is(err, fs.ErrNotExist) {
 		if err := d.takeLock(); err != nil {
@@ -103,12 +109,6 @@ func (d *diskStorage) inspectLocked(ctx context.Context, r *DirectoryReport) err
 		}
 		defer d.lock.Close()
 	}
-	found, err := d.readIdentity()
-	if err != nil {
-		return err
-	}
-	r.ID, r.ClusterID, r.Copied = found.NodeID, found.ClusterID, found.copied()
-	r.DirectoryID = hex.EncodeToString(found.directory[:])
 	var rec Recovered
 	var l raftLog
 	d.options.Tag = found.directory
@@ -139,12 +139,8 @@ func (d *diskStorage) inspectSnapshots(ctx context.Context, r *DirectoryReport, 
 	slices.Reverse(names) // they begin with the index
 	for _, name := range names {
 		report := SnapshotReport{File: name}
-		meta, f, err := t.read(name)
-		if err == nil {
-			report.Last, report.Time, report.Size = meta.Last, meta.Time, f.Size()
-			_, err = io.Copy(io.Discard, &contextReader{ctx: ctx, r: io.NewSectionReader(f, 0, f.Size())})
-			f.Close()
-		}
+		meta, size, err := t.verify(ctx, name)
+		report.Last, report.Time, report.Size = meta.Last, meta.Time, size
 		switch corrupt := (*CorruptError)(nil); {
 		case err == nil:
 			rec.Snapshots = append(rec.Snapshots, meta)

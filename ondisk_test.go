@@ -280,3 +280,28 @@ func TestOnDiskFails(t *testing.T) {
 		}
 	})
 }
+
+// A snapshot that was received to replace the log is damaged, and the node stops
+// before the log says so. A machine on disk goes on with its database and the log.
+func TestOnDiskDamagedReplacement(t *testing.T) {
+	onTables(t, 1, func(t *testing.T, h *Harness, tables []*table) {
+		proposeN(t, h, "a", 5)
+		h.CrashPeer(0)
+		d := newDiskStorage(&Config{Dir: "data"})
+		d.fs = h.node(0).disk.mem
+		rec, err := d.Open(t.Context(), Identity{"harness", "0"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		storeSnapshot(t, d, SnapshotMeta{ID: [16]byte{9}, Last: EntryID{1000, rec.HardState.Term + 1}, ConfigIndex: rec.ConfigIndex, Config: rec.Config}, "state")
+		if err := d.Close(); err != nil {
+			t.Fatal(err)
+		}
+		damageSnapshot(t, h, 0, 0, 33)
+		h.RestartPeer(0)
+		proposeN(t, h, "b", 1)
+		if got := tableLines(h, 0); got != "a0 a1 a2 a3 a4 b0" || tables[0].restores != 0 {
+			t.Errorf("it has %q after %d restores", got, tables[0].restores)
+		}
+	})
+}

@@ -354,8 +354,8 @@ func planRecovery(r DirectoryReport, o *RecoverOptions) (p RecoveryPlan, err err
 		return p, r.Err
 	}
 	for _, other := range o.Others {
-		if used := (*InUseError)(nil); errors.As(other.Err, &used) {
-			return p, other.Err
+		if other.InUse {
+			return p, &InUseError{other.Dir, cmp.Or(other.Err, fmt.Errorf("the node is %q", other.ID))}
 		}
 	}
 	if r.ClusterUUID == "" {

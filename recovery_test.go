@@ -13,6 +13,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -384,6 +385,15 @@ func TestInspectRefuses(t *testing.T) {
 		if _, err := Recover(t.Context(), stopped, RecoverOptions{Lost: []NodeID{"0", "2"}, Others: []DirectoryReport{Inspect(t.Context(), running)}}); !errors.As(err, &used) {
 			t.Errorf("Recover beside a running node: %v", err)
 		}
+		// The report may come from another machine, as JSON. Whose directory it is
+		// is known, and that nobody may call it lost.
+		var remote DirectoryReport
+		if b, err := json.Marshal(Inspect(t.Context(), running)); err != nil || json.Unmarshal(b, &remote) != nil {
+			t.Fatal(err)
+		}
+		if _, err := Recover(t.Context(), stopped, RecoverOptions{Lost: []NodeID{"0", "2"}, Others: []DirectoryReport{remote}}); !errors.As(err, &used) {
+			t.Errorf("Recover beside a node that runs elsewhere: %v", err)
+		}
 		if _, err := RestoreBackup(t.Context(), running, bytes.NewReader(someBackup(t, "x")), *restoreOptions()); !errors.As(err, new(*RestoreError)) {
 			t.Errorf("RestoreBackup: %v", err)
 		}
@@ -531,6 +541,59 @@ func TestInspectDamage(t *testing.T) {
 	}
 }
 
+// A received snapshot that was to replace the log is damaged before the log says
+// so. Inspect, Recover and a node all go on with the log that is there, and the
+// damaged one takes no other one's place.
+func TestRecoverBesideDamagedSnapshot(t *testing.T) {
+	mem := vfs.NewMem(rand.New(rand.NewPCG(1, 1)))
+	oldDirectory(t, mem, true)
+	snaps, err := mem.List("node/snap")
+	if err != nil || len(snaps) != 1 {
+		t.Fatal(snaps, err)
+	}
+	if err := mem.FlipBit("node/snap/"+snaps[0], snapStateOffset(t, mem, "node/snap/"+snaps[0]), 1); err != nil {
+		t.Fatal(err)
+	}
+	check := func(want EntryID) *diskStorage {
+		t.Helper()
+		d := memoryDir(mem)
+		rec := mustOpen2(t, d)
+		if l := newRaftLog(rec.Start, rec.Last, rec.Runs, rec.Tail); l.lastID() != want || rec.replacement() != nil || len(rec.Snapshots) != 0 {
+			t.Fatalf("a node finds %+v", rec)
+		}
+		return d
+	}
+	if err := check(EntryID{12, 3}).Close(); err != nil {
+		t.Fatal(err)
+	}
+	plan, err := recoverDirectory(t.Context(), func() *diskStorage { return memoryDir(mem) }, &RecoverOptions{Lost: oldMembers}, time.Unix(500, 0))
+	if err != nil || plan.Record.Kept != (EntryID{12, 3}) {
+		t.Fatalf("%v, %v", plan, err)
+	}
+	d := check(plan.Record.Next)
+	meta := snapshotUpTo(plan.Record.Next.Index, plan.Record.Next.Term, 1)
+	storeSnapshot(t, d, meta, "state")
+	d.snapshots.makeSpace(syscall.ENOSPC)
+	if _, r, err := d.OpenSnapshot(meta.Last); err != nil {
+		t.Errorf("the only good snapshot is gone: %v", err)
+	} else {
+		r.(*snapshotFile).Close()
+	}
+	if err := d.Close(); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// snapStateOffset is where a small snapshot's state ends.
+func snapStateOffset(t *testing.T, fs vfs.FS, name string) int64 {
+	t.Helper()
+	info, err := fs.Stat(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return info.Size - 33
+}
+
 // A copy is noticed, refused, and recovered if that is asked for.
 func TestRecoverCopy(t *testing.T) {
 	mem := vfs.NewMem(rand.New(rand.NewPCG(1, 1)))
@@ -671,32 +734,33 @@ func afterRecover(t *testing.T, mem *vfs.Mem, replaced bool) string {
 // Every operation of Recover fails once: the directory is as it was or recovered,
 // and no file is left open.
 func TestRecoverDiskFailures(t *testing.T) {
-	broken := errors.New("input/output error")
-	for fail := 1; ; fail++ {
-		mem := vfs.NewMem(rand.New(rand.NewPCG(1, 1)))
-		oldDirectory(t, mem, false)
-		n, failed := 0, vfs.Op{Size: -1}
-		mem.SetHook(func(op vfs.Op) error {
-			if n++; n == fail {
-				failed = op
-				return broken
+	for _, broken := range []error{errors.New("input/output error"), syscall.ENOSPC} {
+		for fail := 1; ; fail++ {
+			mem := vfs.NewMem(rand.New(rand.NewPCG(1, 1)))
+			oldDirectory(t, mem, false)
+			n, failed := 0, vfs.Op{Size: -1}
+			mem.SetHook(func(op vfs.Op) error {
+				if n++; n == fail {
+					failed = op
+					return broken
+				}
+				return nil
+			})
+			_, err := recoverDirectory(t.Context(), func() *diskStorage { return memoryDir(mem) }, &RecoverOptions{Lost: oldMembers}, time.Unix(500, 0))
+			mem.SetHook(nil)
+			if failed.Size < 0 {
+				if fail < 30 {
+					t.Errorf("only %d operations", fail)
+				}
+				break
 			}
-			return nil
-		})
-		_, err := recoverDirectory(t.Context(), func() *diskStorage { return memoryDir(mem) }, &RecoverOptions{Lost: oldMembers}, time.Unix(500, 0))
-		mem.SetHook(nil)
-		if failed.Size < 0 {
-			if fail < 30 {
-				t.Errorf("only %d operations", fail)
+			if mem.OpenFiles() != 0 {
+				t.Fatalf("operation %d, %+v, failed: %v; %d files are open", fail, failed, err, mem.OpenFiles())
 			}
-			return
-		}
-		if mem.OpenFiles() != 0 {
-			t.Fatalf("operation %d, %+v, failed: %v; %d files are open", fail, failed, err, mem.OpenFiles())
-		}
-		mem.DropCaches()
-		if got := afterRecover(t, mem, false); err == nil && got != "recovered" || t.Failed() {
-			t.Fatalf("operation %d, %+v, failed: %v, and it is %s", fail, failed, err, got)
+			mem.DropCaches()
+			if got := afterRecover(t, mem, false); err == nil && got != "recovered" || t.Failed() {
+				t.Fatalf("operation %d, %+v, failed: %v, and it is %s", fail, failed, err, got)
+			}
 		}
 	}
 }

@@ -117,6 +117,9 @@ func (s *Server) recover(ctx context.Context) (*core, error) {
 		return nil, err
 	}
 	s.dirID, s.boot, s.history = rec.DirectoryID, rec.Boot, rec.History
+	for _, err := range rec.damaged {
+		s.emit(Event{Kind: EventSnapshotFailed, Err: err})
+	}
 	var nonce [8]byte
 	rand.Read(nonce[:])
 	s.nonce = binary.LittleEndian.Uint64(nonce[:])

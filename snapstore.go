@@ -2,9 +2,11 @@ package raft
 
 import (
 	"cmp"
+	"context"
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"io"
 	"math"
 	"path/filepath"
 	"slices"
@@ -58,6 +60,34 @@ func (t *snapshotStore) open() ([]SnapshotMeta, error) {
 	return slices.Clone(t.metas), nil
 }
 
+// dropDamaged reads the newest snapshot if the log can do without it: because it
+// would replace the log, or because the log begins with the first entry. A
+// damaged one is left out, as one whose header can't be read is, before the log
+// is given up for it or half of its state is restored.
+func (d *diskStorage) dropDamaged(ctx context.Context, rec *Recovered) error {
+	t := &d.snapshots
+	for len(rec.Snapshots) > 0 && (rec.Start.Index == 0 || rec.replacement() != nil) {
+		_, _, err := t.verify(ctx, snapshotName(&rec.Snapshots[0]))
+		if corrupt := (*CorruptError)(nil); !errors.As(err, &corrupt) {
+			return err
+		}
+		rec.damaged = append(rec.damaged, err)
+		rec.Snapshots, t.metas = rec.Snapshots[1:], t.metas[1:]
+	}
+	return nil
+}
+
+// verify reads all of a snapshot, whose state has the size that it returns.
+func (t *snapshotStore) verify(ctx context.Context, name string) (meta SnapshotMeta, size int64, err error) {
+	meta, f, err := t.read(name)
+	if err != nil {
+		return meta, 0, err
+	}
+	defer f.Close()
+	_, err = io.Copy(io.Discard, &contextReader{ctx: ctx, r: io.NewSectionReader(f, 0, f.Size())})
+	return meta, f.Size(), err
+}
+
 func (t *snapshotStore) sort() {
 	slices.SortFunc(t.metas, func(a, b SnapshotMeta) int { return cmp.Compare(b.Last.Index, a.Last.Index) })
 }
@@ -100,7 +130,7 @@ func (d *diskStorage) CreateSnapshot(meta SnapshotMeta) (SnapshotWriter, error) 
 // again: it removes segments that were kept to be used again, and the older one
 // of two snapshots. What else is there is needed.
 func (t *snapshotStore) makeSpace(err error) {
-	if !vfs.IsNoSpace(err) {
+	if !vfs.IsNoSpace(err) || t.storage.log == nil { // a restore has nothing to give up
 		return
 	}
 	_ = t.storage.log.DropSpares() // what it can't remove stays

@@ -245,7 +245,7 @@ func TestDamagedSnapshot(t *testing.T) {
 		"end, log does not":         {1, 1, false, false},
 		"truncated, log goes back":  {1 << 20, -10, false, true},
 		"truncated, log does not":   {1, -10, false, false},
-		"both states, log complete": {1 << 20, 40, true, false}, // the machine has seen half of one
+		"both states, log complete": {1 << 20, 40, true, true},
 		"both ends, log complete":   {1 << 20, 1, true, true},
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -38,6 +38,7 @@ type Recovered struct {
 	DirectoryID [16]byte        // random, made with the directory
 	Boot        uint64          // how often the storage was opened, this time included
 	History     []HistoryRecord // what an operator did to the directory beside running a node, oldest first
+	damaged     []error         // snapshots that were left out
 }
 
 // restoreNewest has the state restored from the newest snapshot that is not

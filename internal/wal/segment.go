@@ -138,23 +138,37 @@ func (l *Log) prepare(h segmentHeader, space int64, urgent bool, write func(*seg
 	if err == nil {
 		err = seg.file.Sync()
 	}
+	if err == nil {
+		err = l.rename(seg, fileName(h.number, segmentSuffix))
+	}
+	if l.dirErr != nil {
+		return nil, errors.Join(l.dirErr, seg.file.Close())
+	}
 	if err != nil {
 		if err = fullOr(l.discard(seg, fmt.Errorf("prepare %s: %w", seg.name, err))); errors.Is(err, ErrDiskFull) {
 			l.noteFull(err)
 		}
 		return nil, err
 	}
-	name := fileName(h.number, segmentSuffix)
-	if err := l.o.FS.Rename(l.path(seg.name), l.path(name)); err != nil {
-		l.dirErr = fmt.Errorf("name a segment: %w", err)
-	} else if err := l.o.FS.SyncDir(l.o.Dir); err != nil {
-		l.dirErr = fmt.Errorf("sync the log's directory: %w", err)
+	return seg, nil
+}
+
+// rename gives a file another name, durably. One that finds no space, which the
+// directory may need, has changed nothing; after any other error nobody knows
+// what the directory holds, which dirErr says.
+func (l *Log) rename(seg *segment, name string) error {
+	err := l.o.FS.Rename(l.path(seg.name), l.path(name))
+	if vfs.IsNoSpace(err) {
+		return err
 	}
 	seg.name = name
-	if l.dirErr != nil {
-		return nil, errors.Join(l.dirErr, seg.file.Close())
+	if err == nil {
+		err = l.o.FS.SyncDir(l.o.Dir)
 	}
-	return seg, nil
+	if err != nil {
+		l.dirErr = fmt.Errorf("name %s: %w", name, err)
+	}
+	return l.dirErr
 }
 
 // discard gives up a file under a spare name, and returns why.
@@ -255,10 +269,14 @@ func (l *Log) reclaim() (n int, err error) {
 		if len(l.spares) < l.o.MaxSpares && l.recyclable(seg) {
 			l.spareID++
 			spare := &segment{header: seg.header, file: seg.file, name: fileName(l.spareID, spareSuffix)}
-			if err = l.o.FS.Rename(l.path(seg.name), l.path(spare.name)); err == nil {
+			err = l.o.FS.Rename(l.path(seg.name), l.path(spare.name))
+			switch {
+			case err == nil:
 				l.spares = append(l.spares, spare)
 				l.noteSpares()
-			} else {
+			case vfs.IsNoSpace(err): // the directory has no room for the name
+				err = errors.Join(seg.file.Close(), l.o.FS.Remove(l.path(seg.name)))
+			default:
 				err = errors.Join(err, seg.file.Close())
 			}
 		} else {

@@ -249,6 +249,12 @@ func (l *Log) prepareReserve() error {
 		if err == nil {
 			err = seg.file.Sync()
 		}
+		if err == nil {
+			err = l.rename(seg, reserveName)
+		}
+		if l.dirErr != nil {
+			return errors.Join(l.dirErr, seg.file.Close())
+		}
 		if err != nil {
 			err = l.discard(seg, fmt.Errorf("prepare the reserve: %w", err))
 		}
@@ -259,14 +265,6 @@ func (l *Log) prepareReserve() error {
 		}
 		return err
 	}
-	if err = l.o.FS.Rename(l.path(seg.name), l.path(reserveName)); err == nil {
-		err = l.o.FS.SyncDir(l.o.Dir)
-	}
-	if err != nil {
-		l.dirErr = fmt.Errorf("name the reserve: %w", err)
-		return errors.Join(l.dirErr, seg.file.Close())
-	}
-	seg.name = reserveName
 	l.reserve = seg
 	return nil
 }

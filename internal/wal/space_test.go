@@ -104,6 +104,50 @@ func TestDiskFull(t *testing.T) {
 	}
 }
 
+// TestFullDirectory: on some file systems a rename needs space too. One that finds
+// none has changed nothing, so it is like a lack of space for the file.
+func TestFullDirectory(t *testing.T) {
+	for _, reserve := range []int{-1, 0} {
+		fs := newMem(1)
+		m := &model{o: testOptions(fs, 1)}
+		m.o.ReserveBytes = reserve
+		l, _ := mustOpen(t, m.o)
+		if reserve < 0 {
+			l.Want(1 << 20)
+		}
+		fs.SetHook(func(op vfs.Op) error {
+			if op.Kind == vfs.OpRename {
+				return syscall.ENOSPC
+			}
+			return nil
+		})
+		m.append(l, 3000)
+		for range 3 {
+			_ = l.Prepare()
+			if _, full := l.Room(); !errors.Is(full, ErrDiskFull) {
+				t.Fatalf("reserve %d: Room says %v", reserve, full)
+			}
+		}
+		names, _ := fs.List(m.o.Dir)
+		if slices.ContainsFunc(names, func(n string) bool { _, spare := parseName(n, spareSuffix); return spare }) {
+			t.Fatalf("reserve %d: files left: %v", reserve, names)
+		}
+		fs.SetHook(nil)
+		if err := l.Prepare(); err != nil {
+			t.Fatalf("reserve %d: with space again: %v", reserve, err)
+		}
+		if err := m.flush(l); err != nil {
+			t.Fatal(err)
+		}
+		if err := l.Close(); err != nil {
+			t.Fatal(err)
+		}
+		if n := fs.OpenFiles(); n != 0 {
+			t.Fatalf("%d files are open", n)
+		}
+	}
+}
+
 // TestFullRestart: a process that was killed on a full disk starts again there,
 // although its last batch must be copied to another segment: that is what the
 // reserve is for.
