@@ -229,14 +229,22 @@ func (r DirectoryReport) String() string {
 	if r.ID == "" {
 		return b.String()
 	}
-	line("node", "%q of cluster %q, UUID %s", r.ID, r.ClusterID, cmp.Or(r.ClusterUUID, "none: it never was in one"))
-	line("directory", "%s, started %d times", r.DirectoryID, r.Starts)
+	uuid, starts := "none: it never was in one", fmt.Sprintf("started %d times", r.Starts)
+	if r.Problem != "" && r.ClusterUUID == "" { // that was not read
+		uuid, starts = "not known", "started an unknown number of times"
+	}
+	line("node", "%q of cluster %q, UUID %s", r.ID, r.ClusterID, cmp.Or(r.ClusterUUID, uuid))
+	line("directory", "%s, %s", r.DirectoryID, starts)
 	if r.Copied {
 		line("", "a copy: its node starts only with AdoptDir")
 	}
 	if r.ClusterUUID != "" {
 		line("term", "%d, voted for %s", r.Term, cmp.Or(string(r.VotedFor), "nobody"))
-		line("log", "entries %d to %v, the newest of %s; %d is known to be committed", r.First, r.Last, r.LastTime.UTC().Format(time.RFC3339), r.Committed)
+		entries := fmt.Sprintf("entries %d to", r.First)
+		if r.First > r.Last.Index {
+			entries = "none after entry"
+		}
+		line("log", "%s %v, of %s; up to %d it is known to be committed", entries, r.Last, r.LastTime.UTC().Format(time.RFC3339), r.Committed)
 		for _, m := range r.Members {
 			line("member", "%s", m)
 		}

@@ -123,7 +123,7 @@ func SurveyDirectories(reports ...DirectoryReport) (Survey, error) {
 		for _, o := range s.Directories[:i] {
 			if o.ID == r.ID {
 				return s, &RecoverError{Reason: RecoverTwice, Dir: r.Dir, Text: fmt.Sprintf(
-					"it is of node %q, and so is %s; give the one that was used last", r.ID, o.Dir)}
+					"it is of node %q, and so is %s; give each directory once, and of two the one that was used last", r.ID, o.Dir)}
 			}
 		}
 		s.Committed = max(s.Committed, r.Committed)
@@ -367,7 +367,10 @@ func planRecovery(r DirectoryReport, o *RecoverOptions) (p RecoveryPlan, err err
 	best := &p.Survey.Directories[0]
 	better := best.Last.Term > r.Last.Term || best.Last.Term == r.Last.Term && best.Last.Index > r.Last.Index
 	if better && !o.LoseEntries {
-		return refuse(RecoverBetter, "its log ends with entry %v, and that of %s with %v; recover that one, or set LoseEntries to lose what only it has", r.Last, best.Dir, best.Last)
+		return refuse(RecoverBetter, "its log ends with entry %v, and that of node %q (%s) with %v; recover that one, or set LoseEntries to lose what only it has", r.Last, best.ID, best.Dir, best.Last)
+	}
+	if p.Survey.Quorum && !o.AbandonQuorum && len(p.Survey.Voters) == 1 && p.Survey.Voters[0] == r.ID {
+		return refuse(RecoverQuorum, "its node %q is the only voter, as after a recovery or a restore: start it, and nothing is lost; or set AbandonQuorum", r.ID)
 	}
 	if p.Survey.Quorum && !o.AbandonQuorum {
 		return refuse(RecoverQuorum, "the directories that are here (%s) are a majority of the voters (%s): start their nodes, and nothing is lost; or set AbandonQuorum and empty the other directories",
@@ -447,7 +450,7 @@ func (p *RecoveryPlan) record(o *RecoverOptions, worse, stranger bool) {
 		risk("entries after %v may have been acknowledged, and are lost", r.Last)
 	}
 	if worse {
-		risk("entries up to %v, which %s has, are given up", s.Directories[0].Last, s.Directories[0].Dir)
+		risk("entries up to %v, which node %q has (%s), are given up", s.Directories[0].Last, s.Directories[0].ID, s.Directories[0].Dir)
 	}
 	if known := min(s.Committed, r.Last.Index); known < r.Last.Index {
 		risk("entries %d to %d were not known to be committed, and are from now on, also those whose proposers were told that they were not", known+1, r.Last.Index)

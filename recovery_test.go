@@ -159,7 +159,7 @@ func TestRecoverRefuses(t *testing.T) {
 		{"one is damaged and given up", a, RecoverOptions{Lost: lost, Others: []DirectoryReport{{Dir: "/c", ID: "c", Problem: "it rotted"}}}, 0, ""},
 		{"a quorum is here", a, RecoverOptions{Lost: lost[:1], Others: []DirectoryReport{reportOf("c", EntryID{9, 2}, abc)}}, RecoverQuorum, "start their nodes"},
 		{"a quorum is abandoned", a, RecoverOptions{Lost: lost[:1], Others: []DirectoryReport{reportOf("c", EntryID{9, 2}, abc)}, AbandonQuorum: true}, 0, "second cluster"},
-		{"alone already", with(func(r *DirectoryReport) { r.Members = membersOf("a") }), RecoverOptions{}, RecoverQuorum, "start their nodes"},
+		{"alone already", with(func(r *DirectoryReport) { r.Members = membersOf("a") }), RecoverOptions{}, RecoverQuorum, `"a" is the only voter`},
 		{"a longer log", reportOf("a", EntryID{9, 2}, "a b c d e"), RecoverOptions{Lost: []NodeID{"c", "d", "e"}, Others: []DirectoryReport{reportOf("b", EntryID{10, 2}, "a b c d e")}}, RecoverBetter, "/b"},
 		{"a later term", reportOf("a", EntryID{9, 2}, "a b c d e"), RecoverOptions{Lost: []NodeID{"c", "d", "e"}, Others: []DirectoryReport{reportOf("b", EntryID{5, 3}, "a b c d e")}}, RecoverBetter, "/b"},
 		{"a longer log is given up", reportOf("a", EntryID{9, 2}, "a b c d e"), RecoverOptions{Lost: []NodeID{"c", "d", "e"}, Others: []DirectoryReport{reportOf("b", EntryID{10, 2}, "a b c d e")}, LoseEntries: true}, 0, "given up"},

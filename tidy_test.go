@@ -73,6 +73,7 @@ var importDAG = map[string][]string{
 	"example.com/raft/internal/timeline":  {},
 	"example.com/raft/internal/vfs":       {},
 	"example.com/raft/admin":              {"example.com/raft"},
+	"example.com/raft/examples/operate":   {"example.com/raft"},
 	"example.com/raft/examples/kv":        {"example.com/raft", "example.com/raft/internal/memnet", "example.com/raft/examples/kv/client"},
 	"example.com/raft/examples/kv/client": {},
 }
