@@ -191,6 +191,7 @@ func TestVotesAreAskedForAfterARefusal(t *testing.T) {
 			if !h.eventually(func() bool { return h.Server(i).Status().Leader != "" }) {
 				t.Fatal("it has found no leader")
 			}
+			synctest.Wait() // and the leader has its answer
 			h.Transfer(i)
 			if now, next := h.CheckSingleLeader(); now != i || next != term+1 {
 				t.Errorf("seed %d: node %d leads term %d, want %d in term %d", seed, now, next, i, term+1)
