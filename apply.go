@@ -86,7 +86,7 @@ func (a *applier) run() {
 func (a *applier) replaced() (EntryID, bool) {
 	cm := a.cm
 	cm.mu.Lock()
-	defer cm.mu.Unlock()
+	defer cm.unlock()
 	return cm.core.newestSnapshot, cm.core.log.start.Index > cm.pending.applied && cm.core.role != Dead
 }
 
@@ -123,7 +123,7 @@ func (a *applier) next() (Entries, bool) {
 	cm.mu.Lock()
 	lo, hi := cm.pending.applied+1, cm.applicable()
 	if lo > hi || lo <= cm.core.log.start.Index || cm.core.role == Dead {
-		cm.mu.Unlock()
+		cm.unlock()
 		return Entries{}, false
 	}
 	runs, inMemory := cm.core.log.from(lo, hi, applyBatchBytes)
@@ -132,7 +132,7 @@ func (a *applier) next() (Entries, bool) {
 		cm.diskUsers.add()
 	}
 	cm.core.applyBegins(time.Now())
-	cm.mu.Unlock()
+	cm.unlock()
 	if !inMemory {
 		var err error
 		runs, err = cm.storage.Read(lo, hi, applyBatchBytes)

@@ -41,6 +41,7 @@ type core struct {
 	forwardTo        memberID      // takes proposals made here: the leader, unless it refused
 	wanted           Index         // somebody here waits to see this entry applied
 	applyFailed      bool          // the state machine panicked: vote and replicate, but do not lead
+	heldUp           bool          // it has refused a candidate that lacks entries, and heard of no leader since
 	removed          bool          // told that it is no member any more: it does not campaign
 	retired          bool          // this server is shutting down and does not campaign
 	promisedTo       memberID      // the leader that has this server's promise; zero: one before a restart
@@ -329,17 +330,21 @@ func (c *core) notLeading(id memberID) {
 	}
 }
 
-// stopApplying gives leadership up for good: this server can't serve.
+// stopApplying takes note that the state machine has failed: this server can't
+// serve any more, and hands leadership on.
 func (c *core) stopApplying(i Index, err error) {
 	if c.role == Dead {
 		return
 	}
 	c.applyFailed = true
 	c.emit(Event{Kind: EventApplyFailed, Index: i, Err: err})
-	if c.role != Follower {
+	c.campaign = nil
+	switch {
+	case c.role == Leader && !c.alone():
+		c.yield()
+	case c.role != Follower:
 		c.stepDown(ReasonApplyFailed)
 	}
-	c.campaign = nil
 }
 
 // die ends the node: no transition does anything afterwards. A nil error is a

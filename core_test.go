@@ -453,9 +453,9 @@ func TestRoleReasons(t *testing.T) {
 				c.tick()
 			}
 		}, Follower, ReasonNoQuorum, ""},
-		{"apply failed", lead, func(c *core) { c.stopApplying(1, errors.New("test")) }, Follower, ReasonApplyFailed, ""},
+		{"apply failed", timeOut, func(c *core) { c.stopApplying(1, errors.New("test")) }, Follower, ReasonApplyFailed, ""},
 		{"shutdown", lead, func(c *core) { c.retire() }, Follower, ReasonShutdown, ""},
-		{"stuck", lead, func(c *core) { c.applyBegins(c.now.Add(-time.Hour)); c.yield() }, Follower, ReasonStuck, ""},
+		{"stuck", lead, func(c *core) { c.unsyncedSince = c.now.Add(-time.Hour); c.yield() }, Follower, ReasonStuck, ""},
 	} {
 		c := testCore(t, 1, 3)
 		c.limits.preVote = false

@@ -67,7 +67,7 @@ func (c *core) tick() {
 // that a node which can't win does not disturb the others with its term. §9.6
 // of the thesis.
 func (c *core) startCampaign() {
-	if !c.mayStand() || c.removed || !c.fit() || c.hasPromisedAgainst(c.self) {
+	if !c.mayStand() || c.removed || !c.fit() && !c.needed() || c.hasPromisedAgainst(c.self) {
 		c.armElection()
 		return
 	}
@@ -140,27 +140,28 @@ func (c *core) onVoteRequest(a *voteArgs, token any) {
 	if c.role == Dead {
 		return
 	}
-	granted := false
+	granted, protected, behind := false, c.protectsLeader(a), !c.upToDate(a.Last)
+	c.heldUp = c.heldUp || behind && !protected
 	switch {
-	case a.Term < c.currentTerm || c.protectsLeader(a):
+	case a.Term < c.currentTerm || protected:
 	case a.PreVote:
 		// Nothing changes here, not even the time of the last contact: a
 		// granted pre-vote is an opinion, not a promise.
-		granted = a.Term > c.currentTerm && c.upToDate(a.Last)
+		granted = a.Term > c.currentTerm && !behind
 	default:
 		if a.Term > c.currentTerm {
 			c.becomeFollower(a.Term, 0, ReasonHigherTerm, a.Candidate)
 		}
-		granted = (c.votedFor == 0 || c.votedFor == a.Candidate) && c.role == Follower && c.upToDate(a.Last)
+		granted = (c.votedFor == 0 || c.votedFor == a.Candidate) && c.role == Follower && !behind
 		if granted {
 			c.votedFor = a.Candidate
-			c.campaign = nil
+			c.campaign, c.heldUp = nil, false
 			c.armElection()
 			c.emit(Event{Kind: EventVoted, Peer: a.Candidate.label(c)})
 		}
 	}
 	c.send(message{to: a.Candidate, token: token, voteReply: &voteReply{
-		Term: c.currentTerm, Granted: granted, Removed: c.wasRemoved(a.Candidate), Behind: !c.upToDate(a.Last),
+		Term: c.currentTerm, Granted: granted, Removed: c.wasRemoved(a.Candidate), Behind: behind,
 	}})
 }
 
@@ -275,7 +276,7 @@ func (c *core) becomeFollower(term Term, leader memberID, why Reason, from membe
 // follow notes a message of the leader of term.
 func (c *core) follow(term Term, leader memberID) {
 	c.becomeFollower(term, leader, ReasonNewLeader, leader)
-	c.lastContact, c.leaderGone, c.forwardTo = c.now, false, leader
+	c.lastContact, c.leaderGone, c.forwardTo, c.heldUp = c.now, false, leader, false
 	c.deferElection()
 }
 
@@ -320,7 +321,7 @@ func (c *core) reconnect(to memberID) {
 // be committed (§5.4.2).
 func (c *core) becomeLeader() {
 	c.role = Leader
-	c.leader, c.forwardTo = c.self, 0
+	c.leader, c.forwardTo, c.heldUp = c.self, 0, false
 	c.appendSeq, c.transfer, c.leaseGivenUp = 0, transfer{}, false
 	c.progress, c.heartbeatLast, c.lastHeartbeat = nil, c.log.last+1, c.log.last+1
 	c.trackMembers(c.log.last + 1)

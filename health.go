@@ -2,10 +2,14 @@ package raft
 
 import "time"
 
-// This file keeps a server from leading whose disk or state machine hangs, or
-// whose disk is full. Its heartbeats would go on, and with them the belief that
-// the cluster works, while nothing commits there or nobody is answered
-// (hashicorp/raft 503).
+// This file keeps a server from leading whose disk or state machine hangs, whose
+// state machine has failed, or whose disk is full. Its heartbeats would go on,
+// and with them the belief that the cluster works, while nothing commits there or
+// nobody is answered (hashicorp/raft 503).
+//
+// Such a server may still have entries that the others of a majority lack, and
+// then it refuses them its vote. Unless its disk hangs it leads for as long as it
+// takes to bring one of them up to date, and hands leadership to that one.
 
 // How long a write or a sync, or applying one run of entries, may take before
 // the server is taken for stuck, in election timeouts. A disk that is merely
@@ -15,25 +19,23 @@ const (
 	applyPatience = 20
 )
 
-// stuck tells whether this server can't do a leader's work now, and why.
-func (c *core) stuck() (why string, is bool) {
-	over := func(since time.Time, patience time.Duration) bool {
-		return !since.IsZero() && c.now.Sub(since) >= patience*c.limits.electionTimeout
-	}
-	switch {
-	case over(c.unsyncedSince, diskPatience):
-		return "a write or sync of the log", true
-	case over(c.applyingSince, applyPatience):
-		return "the state machine's Apply", true
-	}
-	return "", false
+// diskHangs and applyHangs tell whether this server can't do a leader's work now.
+func (c *core) diskHangs() bool  { return c.hangs(c.unsyncedSince, diskPatience) }
+func (c *core) applyHangs() bool { return c.hangs(c.applyingSince, applyPatience) }
+
+func (c *core) hangs(since time.Time, patience time.Duration) bool {
+	return !since.IsZero() && c.now.Sub(since) >= patience*c.limits.electionTimeout
 }
 
 // fit tells whether this server should lead if it were elected.
 func (c *core) fit() bool {
-	_, stuck := c.stuck()
-	return !stuck && !c.applyFailed && !c.retired && (c.full == nil || c.alone())
+	return !c.diskHangs() && !c.applyHangs() && !c.applyFailed && !c.retired && (c.full == nil || c.alone())
 }
+
+// needed tells whether this server should campaign though it is not fit: it has
+// refused its vote to one that lacks entries which it has, and has heard of no
+// leader since. There may be no majority without the two of them.
+func (c *core) needed() bool { return c.heldUp && !c.diskHangs() && !c.retired }
 
 // alone tells whether this server is the only voter: then nobody else can serve
 // at least reads.
@@ -53,18 +55,7 @@ func (c *core) diskSpace(full error) {
 		// What a snapshot includes need not be in the log too. Some of that was
 		// kept for followers that are a little behind.
 		c.compact(min(c.newestSnapshot.Index, c.commitIndex))
-		c.yieldForSpace()
-	}
-}
-
-// yieldForSpace hands leadership to a server with space, if this one has none.
-// The transfer waits until the other one has everything, and proposals wait with
-// it: they are the other's to append.
-func (c *core) yieldForSpace() {
-	if c.role == Leader && c.full != nil && c.transfer.to == 0 {
-		if to := c.bestSuccessor(); to != 0 {
-			_ = c.transferLeadership(to) // its error would say that there is nobody
-		}
+		c.yield()
 	}
 }
 
@@ -98,18 +89,27 @@ func (c *core) outOfSpace() bool {
 	return !c.configuration.quorum(s)
 }
 
-// yield gives leadership up if this server is stuck and another one can have
-// it. That one campaigns at once.
+// yield gives leadership up if this server should not lead and another one can
+// have it. The transfer waits until the other one has everything, and proposals
+// wait with it: they are the other's to append. Only where the disk hangs there
+// is nothing to wait for: the other one campaigns at once.
 func (c *core) yield() {
-	c.yieldForSpace()
-	why, stuck := c.stuck()
-	to := c.bestSuccessor()
-	if !stuck || to == 0 {
+	if c.role != Leader || c.fit() {
 		return
 	}
-	c.emit(Event{Kind: EventStuck, Detail: why})
-	c.sendCampaign(c.progressOf(to))
-	c.stepDown(ReasonStuck)
+	to := c.bestSuccessor()
+	switch {
+	case to == 0:
+	case c.diskHangs():
+		c.emit(Event{Kind: EventStuck, Detail: "a write or sync of the log"})
+		c.sendCampaign(c.progressOf(to))
+		c.stepDown(ReasonStuck)
+	case c.transfer.to == 0:
+		if c.applyHangs() {
+			c.emit(Event{Kind: EventStuck, Detail: "the state machine's Apply"})
+		}
+		_ = c.transferLeadership(to) // its error would say that there is nobody
+	}
 }
 
 // applyBegins and applyEnds tell since when the state machine has been at work.

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -316,4 +317,145 @@ func TestHungDiskUnderLoad(t *testing.T) {
 	if bound := (diskPatience + 2) * 150 * time.Millisecond; moves[len(moves)-1] > bound || gaps[len(gaps)-1] > bound {
 		t.Errorf("leadership moved after %v at most, answers were missing for %v at most, the bound is %v", moves[len(moves)-1], gaps[len(gaps)-1], bound)
 	}
+}
+
+// A server that should not lead campaigns all the same once it has refused its
+// vote to one that lacks what it has, until it hears of a leader.
+func TestUnfitServerIsNeeded(t *testing.T) {
+	lacking := func(preVote bool) *voteArgs { return &voteArgs{Term: 5, Candidate: 2, PreVote: preVote} }
+	refuse := func(c *core) { c.onVoteRequest(lacking(true), nil) }
+	for _, test := range []struct {
+		name  string
+		unfit func(c *core)
+		then  func(c *core)
+		want  bool
+	}{
+		{"nobody asked", func(c *core) { c.diskSpace(ErrDiskFull) }, func(c *core) {}, false},
+		{"full", func(c *core) { c.diskSpace(ErrDiskFull) }, refuse, true},
+		{"a vote refused", func(c *core) { c.diskSpace(ErrDiskFull) }, func(c *core) { c.onVoteRequest(lacking(false), nil) }, true},
+		{"an older term refused", func(c *core) { c.diskSpace(ErrDiskFull) }, func(c *core) { c.onVoteRequest(&voteArgs{Candidate: 2, PreVote: true}, nil) }, true},
+		{"apply failed", func(c *core) { c.stopApplying(2, errors.New("test")) }, refuse, true},
+		{"apply hangs", func(c *core) { c.applyBegins(c.now.Add(-time.Hour)) }, refuse, true},
+		{"the disk hangs", func(c *core) { c.unsyncedSince = c.now.Add(-time.Hour) }, refuse, false},
+		{"shutting down", func(c *core) { c.retire() }, refuse, false},
+		{"another one leads", func(c *core) { c.diskSpace(ErrDiskFull) }, func(c *core) {
+			refuse(c)
+			c.onAppendRequest(&appendArgs{Term: 9, Leader: 3, Prev: c.log.lastID(), Heartbeat: true}, nil)
+		}, false},
+		{"another one gets the vote", func(c *core) { c.diskSpace(ErrDiskFull) }, func(c *core) {
+			refuse(c)
+			c.onVoteRequest(&voteArgs{Term: 9, Candidate: 3, Last: c.log.lastID()}, nil)
+		}, false},
+		{"the leader is protected", func(c *core) { c.diskSpace(ErrDiskFull) }, func(c *core) {
+			c.onAppendRequest(&appendArgs{Term: 9, Leader: 3, Prev: c.log.lastID(), Heartbeat: true}, nil)
+			refuse(c)
+		}, false},
+	} {
+		c := readLeader(t, 3, false)
+		c.stepDown(ReasonNoQuorum)
+		test.unfit(c)
+		test.then(c)
+		c.now = c.electionDeadline
+		c.tick()
+		c.finish()
+		if got := c.campaign != nil; got != test.want {
+			t.Errorf("%s: it campaigns: %v, want %v", test.name, got, test.want)
+		}
+	}
+}
+
+// A voter that did not take over when it was asked to comes after the others.
+func TestDeclinedTransferGoesToAnother(t *testing.T) {
+	c := readLeader(t, 3, false)
+	c.diskSpace(ErrDiskFull)
+	var asked []memberID
+	for len(asked) < 3 && c.role == Leader {
+		asked = append(asked, beat(t, c, c.limits.electionTimeout)...)
+	}
+	if len(asked) != 3 || asked[0] == asked[1] || asked[2] != asked[0] {
+		t.Errorf("a leader with a full disk asks %v to take over, want both in turn", asked)
+	}
+}
+
+// While the disk of a cluster's only voter hangs, and not even its term is
+// durable, what it has to tell a learner does not pile up.
+func TestNothingPilesUpBeforeTheTermIsDurable(t *testing.T) {
+	c := testCore(t, 1, 2)
+	c.configuration.members[1].learner = true
+	c.configs[0].conf = c.configuration
+	c.now = c.electionDeadline
+	c.tick()
+	var box outbox
+	box.add(c.finish().msgs)
+	if c.role != Leader || c.durableLSN >= c.hardLSN {
+		t.Fatalf("the only voter is %v; its term is durable: %v", c.role, c.durableLSN >= c.hardLSN)
+	}
+	before := len(box.waiting)
+	for range 1000 {
+		c.now = c.now.Add(c.limits.heartbeatInterval)
+		c.heartbeat()
+		c.reconnect(2)
+		box.add(c.finish().msgs)
+	}
+	if after := len(box.waiting); after > before {
+		t.Errorf("after 1000 heartbeats %d messages wait for the disk, before them %d", after, before)
+	}
+	c.persisted(c.lsn, 0)
+	c.heartbeat()
+	if len(c.finish().msgs) == 0 {
+		t.Error("with its term durable it sends no heartbeat")
+	}
+}
+
+// Of three servers one is dead. The second has what the third lacks, and a full
+// disk. It leads until the third has everything, which then leads.
+func TestUnfitServerLeadsForAnother(t *testing.T) {
+	virtual(t, 3, func(t *testing.T, h *Harness) {
+		dead, _ := h.CheckSingleLeader()
+		full, behind := (dead+1)%3, (dead+2)%3
+		h.DisconnectPeer(behind)
+		submit(t, h, dead, 1)
+		committedOn(h, 2, 1)
+		h.FillDisk(full)
+		w := newWriter()
+		for !diskFull(h, full) {
+			_ = w.write(h, dead)
+		}
+		h.CrashPeer(dead)
+		h.ReconnectPeer(behind)
+		must(t, h, "the server that was behind leads", func() bool { return h.Server(behind).Status().Role == Leader })
+		committedOn(h, 2, 1)
+		if got := h.Server(full).Status(); got.Role == Leader || !got.DiskFull {
+			t.Errorf("the full server is %v, full: %v", got.Role, got.DiskFull)
+		}
+		h.FreeDisk(full)
+		must(t, h, "a write", func() bool { return w.write(h, behind) == nil })
+		h.RestartPeer(dead)
+		h.CheckCommittedN(bulky(w.next-1), 3)
+		w.check(t, h)
+	})
+}
+
+// The state machine of a leader fails at an entry that only it and a dead server
+// have. It leads until the third one has everything, which then leads.
+func TestApplyFailsAheadOfOthers(t *testing.T) {
+	var armed atomic.Bool
+	virtual(t, 3, func(t *testing.T, h *Harness) {
+		leader, _ := h.CheckSingleLeader()
+		dead, behind := (leader+1)%3, (leader+2)%3
+		h.CrashPeer(behind)
+		armed.Store(true)
+		_, err := h.Server(leader).Propose(t.Context(), []byte("poison"))
+		unknown(t, "the proposal that panicked", err, ErrOutcomeUnknown)
+		armed.Store(false)
+		h.CrashPeer(dead)
+		h.RestartPeer(behind)
+		must(t, h, "the server that was behind leads", func() bool { return h.Server(behind).Status().Role == Leader })
+		submit(t, h, behind, 2)
+		h.CheckCommittedN([]byte("poison"), 1)
+		h.CrashPeer(leader)
+		h.RestartPeer(leader)
+		h.RestartPeer(dead)
+		h.CheckCommittedN([]byte("poison"), 3)
+	}, WithStateMachine(func() StateMachine { return &fragileMachine{armed: &armed} }))
 }

@@ -34,6 +34,7 @@ type progress struct {
 	catchingUp                 bool   // it had a snapshot and not yet what was committed since: the log above match is kept
 
 	lastContact  time.Time // any answer of this term
+	declined     int       // how often it was to take over and did not
 	round        uint64    // it has answered what was sent in this round of reads
 	leaseEnd     time.Time // it votes for nobody else before, by this leader's clock
 	lastProgress time.Time // an append was answered, or the first of a window was sent

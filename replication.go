@@ -46,7 +46,7 @@ func (c *core) refusal(from memberID) forwardRefusal {
 		return forwardNotLeader
 	case c.outOfSpace():
 		return forwardDiskFull
-	case !c.takesFrom(from) || c.hardLSN > c.durableLSN:
+	case !c.takesFrom(from) || !c.termDurable():
 		return forwardBusy
 	}
 	return forwardAccepted
@@ -55,15 +55,19 @@ func (c *core) refusal(from memberID) forwardRefusal {
 // hasRoom tells whether a leader may append more: what is not committed, and
 // what is not on its own disk, is bounded.
 func (c *core) hasRoom() bool {
-	return c.transfer.to == 0 && c.unsettledBytes() < c.limits.maxUncommittedSize
+	return c.appendsProposals() && c.unsettledBytes() < c.limits.maxUncommittedSize
 }
+
+// appendsProposals tells whether a leader appends any, or they wait for whoever
+// takes over.
+func (c *core) appendsProposals() bool { return c.transfer.to == 0 && !c.applyFailed }
 
 // takesFrom tells whether a leader takes proposals that a follower forwards: if
 // it has room, and otherwise one batch at a time, so that no flood, of the
 // leader's own clients or of another follower's, keeps the others out.
 func (c *core) takesFrom(follower memberID) bool {
 	p := c.progressOf(follower)
-	return c.hasRoom() || c.transfer.to == 0 && p != nil && p.forwarded <= c.settled()
+	return c.hasRoom() || c.appendsProposals() && p != nil && p.forwarded <= c.settled()
 }
 
 // proposeFor is propose for what a follower has forwarded.
@@ -118,7 +122,14 @@ func (c *core) heartbeat() {
 	}
 }
 
+// termDurable tells whether what a leader sends may leave. A cluster's only voter
+// leads sooner: while its disk hangs, what it has for learners would pile up.
+func (c *core) termDurable() bool { return c.hardLSN <= c.durableLSN }
+
 func (c *core) sendHeartbeat(p *progress) {
+	if !c.termDurable() {
+		return
+	}
 	a := &appendArgs{
 		Term: c.currentTerm, Leader: c.self, Prev: EntryID{p.match, p.matchTerm}, Commit: c.commitIndex, Heartbeat: true, round: c.reads.round,
 	}
@@ -137,6 +148,9 @@ func (c *core) sendAppends() {
 
 // sendTo sends a follower whatever its window allows.
 func (c *core) sendTo(p *progress) {
+	if !c.termDurable() {
+		return
+	}
 	for p.next <= c.log.last {
 		if p.paused || p.held || p.reading || p.state == snapshotting || p.state == probing && len(p.inflight) > 0 {
 			return

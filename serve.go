@@ -195,7 +195,7 @@ func (s *Server) serveRPC(conn net.Conn, h hello, w welcome) {
 	if alive {
 		s.cm.diskUsers.add()
 	}
-	s.cm.mu.Unlock()
+	s.cm.unlock()
 	if !alive {
 		return
 	}

@@ -247,6 +247,27 @@ func (f *repoFile) funcs(visit func(*ast.FuncDecl)) {
 	}
 }
 
+// TestTidyUnlock: ConsensusModule.mu is released by unlock, which looks at what
+// was queued meanwhile: whoever found it held relies on that.
+func TestTidyUnlock(t *testing.T) {
+	r := readRepo(t)
+	for _, f := range r.root() {
+		f.funcs(func(d *ast.FuncDecl) {
+			ast.Inspect(d, func(n ast.Node) bool {
+				s, ok := n.(*ast.SelectorExpr)
+				if !ok || s.Sel.Name != "Unlock" || funcName(d) == "(*ConsensusModule).unlock" {
+					return true
+				}
+				mu, ok := s.X.(*ast.SelectorExpr)
+				if ok && mu.Sel.Name == "mu" && strings.HasSuffix(r.info.TypeOf(mu.X).String(), ".ConsensusModule") {
+					t.Errorf("%s: want unlock in place of mu.Unlock, so that no proposal or read stays in its queue", r.at(n))
+				}
+				return true
+			})
+		})
+	}
+}
+
 // TestTidyCoreImports: core files import the whitelist, and of each package
 // use only what has no clock, no global dice, no I/O.
 func TestTidyCoreImports(t *testing.T) {

@@ -41,13 +41,17 @@ func (c *core) transferLeadership(to memberID) error {
 }
 
 // bestSuccessor returns the reachable voter with space on its disk that needs
-// the least, 0 if there is none.
+// the least, 0 if there is none. One that did not take over when it was asked to
+// comes after those that were asked less often.
 func (c *core) bestSuccessor() (best memberID) {
-	var match Index
+	var b *progress
 	for _, p := range c.progress {
 		m := c.configuration.find(p.id)
-		if !p.full && m.votes(false) && (!c.configuration.joint || m.votes(true)) && c.now.Sub(p.lastContact) < c.limits.electionTimeout && (best == 0 || p.match > match) {
-			best, match = p.id, p.match
+		switch {
+		case p.full || !m.votes(false) || c.configuration.joint && !m.votes(true):
+		case c.now.Sub(p.lastContact) >= c.limits.electionTimeout:
+		case b == nil || p.declined < b.declined || p.declined == b.declined && p.match > b.match:
+			best, b = p.id, p
 		}
 	}
 	return best
@@ -62,6 +66,9 @@ func (c *core) continueTransfer() {
 	}
 	p := c.progressOf(t.to)
 	if p == nil || !c.now.Before(t.deadline) {
+		if p != nil {
+			p.declined++
+		}
 		c.transfer = transfer{}
 		return
 	}
