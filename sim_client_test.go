@@ -85,7 +85,7 @@ func (l *simClients) arrive(s *sim) {
 		n = leader
 	}
 	c := n.core
-	if c == nil || c.role == Dead || n.pausedUntil > s.now {
+	if c == nil || c.role == Dead || c.applyFailed || n.pausedUntil > s.now {
 		return
 	}
 	if c.role == Leader && s.chance(0.3) {

@@ -23,6 +23,10 @@ type simLosses struct {
 	Hung         int // disks that hung
 	Yielded      int // leaders that gave leadership up because their disk hung
 	ReadErrors   int // reads that failed and may succeed later
+
+	ApplyFailures int // state machines that failed
+	StayedFailed  int // of those in a healed majority
+	Needed        int // leaders that should not lead, elected because others need them
 }
 
 func (l *simLosses) add(o simLosses) {
@@ -38,6 +42,9 @@ func (l *simLosses) add(o simLosses) {
 	l.Hung += o.Hung
 	l.Yielded += o.Yielded
 	l.ReadErrors += o.ReadErrors
+	l.ApplyFailures += o.ApplyFailures
+	l.StayedFailed += o.StayedFailed
+	l.Needed += o.Needed
 }
 
 // sound tells whether the node has never lost any of what its disk was told to keep.
@@ -334,6 +341,28 @@ func TestSimHungDisks(t *testing.T) {
 	runSeeds(t, seedsFrom(1, plan, func(n int) bool { return n < 20 }), func(_ uint64, res simResult) { got.add(res.losses) })
 	t.Logf("%+v", got)
 	if got.Hung < 20 || got.Yielded < 5 {
+		t.Errorf("some fault did not happen, or had no effect: %+v", got)
+	}
+}
+
+// TestSimApplyFails: state machines that fail, and stay so on one node of the
+// majority that must go on in the end: it may have what the others lack.
+func TestSimApplyFails(t *testing.T) {
+	plan := simPlan{test: "TestSimApplyFails", tune: func(w *simSwarm) {
+		w.nodes, w.voters, w.spares, w.losses, w.rounds, w.roundTimeouts = 3, 3, 0, 0, 4, 30
+		w.nemeses = []int{nemApplyFails, nemApplyFails, nemCrash, nemCrashLeader, nemIsolateLeader, nemHealNet}
+		w.nemesisEvery = 2 * w.timeout
+		w.clientEvery = w.timeout / 5
+		w.boundaryP, w.flushFailP = 0, 0
+	}}
+	if *simSeed != 0 {
+		replaySim(t, plan)
+		return
+	}
+	var got simLosses
+	runSeeds(t, seedsFrom(1, plan, func(n int) bool { return n < 20 }), func(_ uint64, res simResult) { got.add(res.losses) })
+	t.Logf("%+v", got)
+	if got.ApplyFailures < 100 || got.StayedFailed < 20 || got.Needed < 5 {
 		t.Errorf("some fault did not happen, or had no effect: %+v", got)
 	}
 }

@@ -2,6 +2,7 @@ package raft
 
 import (
 	"cmp"
+	"errors"
 	"fmt"
 	"slices"
 	"time"
@@ -218,7 +219,8 @@ const (
 	nemFull
 	nemesisCount
 
-	nemHang = nemesisCount // drawn apart, so that older seeds stay what they were
+	nemHang       = nemesisCount // drawn apart, so that older seeds stay what they were
+	nemApplyFails = nemesisCount + 1
 )
 
 // nemesis puts one fault into the run.
@@ -316,6 +318,8 @@ func (s *sim) nemesis() {
 		s.wipe(n)
 	case nemFull:
 		s.fill(n)
+	case nemApplyFails:
+		s.applyFails(n)
 	case nemHang:
 		s.hang(n)
 	case nemCrash, nemCrashLeader:
@@ -415,6 +419,7 @@ func (s *sim) heal() {
 			s.core[i] = true
 		}
 	}
+	failed := s.staysFailed()
 	for i, n := range s.nodes {
 		n.crashIn, n.hungUntil = 0, 0
 		s.resume(n)
@@ -423,7 +428,7 @@ func (s *sim) heal() {
 		case !s.core[i]:
 			s.crash(n)
 			n.restarting = false
-		case n.core == nil || n.core.role == Dead:
+		case n.core == nil || n.core.role == Dead || n.core.applyFailed && n.i != failed:
 			s.crash(n)
 			s.restartAfter(n, 0)
 		default:
@@ -438,19 +443,50 @@ func (s *sim) heal() {
 	s.push(simEvent{at: s.now + s.swarm.timeout/20, kind: evPhase})
 }
 
-// healed: a leader has committed an entry of its own term and everything
-// before it, and all nodes of the healed majority have the same log, committed.
+// applyFails ends applying on a node until it is restarted.
+func (s *sim) applyFails(n *simNode) {
+	if n.core == nil || n.core.role == Dead || n.core.applyFailed {
+		return
+	}
+	s.note(n.i, "its state machine fails")
+	s.losses.ApplyFailures++
+	s.begin(n).stopApplying(n.applied+1, errSimApply)
+	s.load.settle(s, firstOf(n.wait.stop(outcomeUnknown(errSimApply))))
+	s.end(n)
+}
+
+var errSimApply = errors.New("the simulated state machine fails")
+
+// staysFailed returns a voter of the healed majority whose state machine has
+// failed and is not mended, -1 for none. The others must do: the majority may
+// need its vote, and what only it has.
+func (s *sim) staysFailed() int {
+	if s.swarm.spares > 0 || s.swarm.voters < 3 {
+		return -1
+	}
+	for i, n := range s.nodes[:s.swarm.voters] {
+		if s.core[i] && n.core != nil && n.core.applyFailed && n.core.role != Dead {
+			s.losses.StayedFailed++
+			return i
+		}
+	}
+	return -1
+}
+
+// healed: a leader that applies has committed an entry of its own term and
+// everything before it, and all nodes of the healed majority have the same log,
+// committed, and applied unless their state machine has failed.
 func (s *sim) healed() bool {
 	l := s.highestLeader()
 	if l == nil {
 		return false
 	}
 	c := l.core
-	if c.commitIndex != c.log.last || c.commitIndex < c.firstOfTerm || !s.membersSettled(c) {
+	if c.applyFailed || c.commitIndex != c.log.last || c.commitIndex < c.firstOfTerm || !s.membersSettled(c) {
 		return false
 	}
 	for i, n := range s.nodes {
-		if s.core[i] && c.configuration.byName(n.name) != nil && (n.core == nil || n.core.log.lastID() != c.log.lastID() || n.core.commitIndex != c.commitIndex || n.applied != c.commitIndex) {
+		if s.core[i] && c.configuration.byName(n.name) != nil && (n.core == nil || n.core.log.lastID() != c.log.lastID() || n.core.commitIndex != c.commitIndex || n.applied != c.commitIndex && !n.core.applyFailed) {
 			return false
 		}
 	}

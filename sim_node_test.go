@@ -151,8 +151,11 @@ func (s *sim) end(n *simNode) {
 		s.fail("node %d: %v", n.i, err)
 	}
 	for _, e := range out.events {
-		if e.Kind == EventStuck {
+		switch {
+		case e.Kind == EventStuck:
 			s.losses.Yielded++
+		case e.Kind == EventElected && !c.fit():
+			s.losses.Needed++
 		}
 		s.record(simRecord{at: s.now, node: n.i, ev: e})
 	}
@@ -262,7 +265,7 @@ func (s *sim) startFlush(n *simNode) {
 }
 
 func (s *sim) scheduleApply(n *simNode) {
-	if n.applying || n.core.role == Dead || n.core.commitIndex <= n.applied {
+	if n.applying || n.core.role == Dead || n.core.applyFailed || n.core.commitIndex <= n.applied {
 		return
 	}
 	n.applying = true
@@ -429,7 +432,7 @@ type simRead struct {
 func (s *sim) onApply(n *simNode) {
 	n.applying = false
 	c := n.core
-	if c.role == Dead || c.commitIndex <= n.applied {
+	if c.role == Dead || c.applyFailed || c.commitIndex <= n.applied {
 		return
 	}
 	if c.log.start.Index > n.applied {

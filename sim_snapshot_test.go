@@ -153,7 +153,7 @@ func (s *sim) snapshotIO(n *simNode, f func() error) error {
 // stores half of it; the rest follows later.
 func (s *sim) takeSnapshot(n *simNode) {
 	c, k := n.core, &n.snaps
-	if c == nil || c.role == Dead || n.pausedUntil > s.now || k.capturing || n.wait.applied <= c.newestSnapshot.Index {
+	if c == nil || c.role == Dead || c.applyFailed || n.pausedUntil > s.now || k.capturing || n.wait.applied <= c.newestSnapshot.Index {
 		return
 	}
 	meta := SnapshotMeta{Last: EntryID{n.wait.applied, n.wait.term}, Time: k.lastTime, ConfigIndex: k.config.index, Config: k.config.data}

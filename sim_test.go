@@ -377,11 +377,15 @@ func (s *sim) drawSwarm() {
 	w.stateMax = s.between(0, 300)
 }
 
-// drawHangs lets disks hang in a fifth of the seeds.
+// drawHangs lets disks hang in a fifth of the seeds, and state machines fail in
+// another.
 func (s *sim) drawHangs() {
 	defer s.back(s.turn(turnSetup, 1))
 	if s.chance(0.2) {
 		s.swarm.nemeses = append(s.swarm.nemeses, nemHang, nemHang)
+	}
+	if s.chance(0.2) {
+		s.swarm.nemeses = append(s.swarm.nemeses, nemApplyFails, nemApplyFails)
 	}
 }
 
