@@ -466,6 +466,7 @@ func (d *diskStorage) beginLog(ctx context.Context, dirID [16]byte, meta *Snapsh
 	if err != nil {
 		return err
 	}
+	d.first = true // the log is begun here
 	if err := d.openLog(ctx, dirID, func(wal.LSN, wal.Record) error { return nil }); err != nil {
 		return err
 	}

@@ -37,6 +37,7 @@ type diskStorage struct {
 	dir       string
 	adopt     bool // take over a directory that was copied
 	copied    bool // it was copied, and is being taken over
+	first     bool // its first start has not come to its end
 	tailBytes int  // of entries given to the core at Open
 	options   wal.Options
 	random    func(b []byte) // fills b, for the directory ID and the salts of snapshots
@@ -82,7 +83,19 @@ func newDiskStorage(c *Config) *diskStorage {
 	}
 }
 
-func (d *diskStorage) Open(ctx context.Context, id Identity) (rec Recovered, err error) {
+func (d *diskStorage) Open(ctx context.Context, id Identity) (Recovered, error) {
+	rec, err := d.open(ctx, id)
+	if err != nil {
+		return rec, err
+	}
+	if err = d.settleIdentity(rec.DirectoryID, id); err != nil {
+		return rec, errors.Join(err, d.Close())
+	}
+	return rec, nil
+}
+
+// open is Open without settleIdentity.
+func (d *diskStorage) open(ctx context.Context, id Identity) (rec Recovered, err error) {
 	if err := d.fs.MkdirAll(d.dir); err != nil {
 		return rec, fmt.Errorf("raft: make data directory %s: %w", d.dir, err)
 	}
@@ -90,6 +103,9 @@ func (d *diskStorage) Open(ctx context.Context, id Identity) (rec Recovered, err
 		return rec, err
 	}
 	defer func() {
+		if err != nil && d.log != nil {
+			d.log.Close()
+		}
 		if err != nil {
 			d.lock.Close()
 		}
@@ -105,28 +121,16 @@ func (d *diskStorage) Open(ctx context.Context, id Identity) (rec Recovered, err
 		return rec, d.explain(err)
 	}
 	if err = d.replayed(&l); err != nil {
-		d.log.Close()
 		return rec, err
 	}
-	if d.copied {
-		err = d.writeIdentity(d.identityFile(), rec.DirectoryID, id)
-	}
-	if err == nil {
-		err = d.countBoot(&rec)
-	}
-	if err != nil {
-		d.log.Close()
+	if err = d.countBoot(&rec); err != nil {
 		return rec, err
 	}
 	if rec.Snapshots, err = d.snapshots.open(); err != nil {
-		d.log.Close()
 		return rec, err
 	}
 	d.recovered(&rec, &l)
-	if err = d.dropDamaged(ctx, &rec); err != nil {
-		d.log.Close()
-	}
-	return rec, err
+	return rec, d.dropDamaged(ctx, &rec)
 }
 
 // recovered gives out what was replayed.
@@ -176,6 +180,7 @@ func (d *diskStorage) takeLock() (err error) {
 // openLog opens the write-ahead log of the directory with this ID.
 func (d *diskStorage) openLog(ctx context.Context, dirID [16]byte, replay func(wal.LSN, wal.Record) error) (err error) {
 	d.options.Tag = dirID
+	d.options.Begun = !d.first
 	d.options.OnSpace = d.spaceChanged
 	d.log, err = wal.Open(ctx, d.options, replay)
 	return err
@@ -528,12 +533,19 @@ const (
 
 func (d *diskStorage) identityFile() string { return filepath.Join(d.dir, "identity") }
 
+// firstIdentityFile is what the file is called until the log holds a record, so
+// that a log which holds none beside a file identity is known to be lost.
+func (d *diskStorage) firstIdentityFile() string { return filepath.Join(d.dir, "identity.new") }
+
 // openIdentity reads the identity file, or makes one in an empty directory. It
-// is written under another name, synced and renamed, so that a directory
-// exists once its identity does.
+// is written under another name, synced and renamed, so that it is whole.
 func (d *diskStorage) openIdentity(id Identity) (dirID [16]byte, err error) {
 	name := d.identityFile()
-	found, err := d.readIdentity()
+	found, err := d.readIdentity(name)
+	if d.first = errors.Is(err, fs.ErrNotExist); d.first {
+		name = d.firstIdentityFile()
+		found, err = d.readIdentity(name)
+	}
 	if errors.Is(err, fs.ErrNotExist) {
 		return d.makeIdentity(name, id)
 	}
@@ -543,7 +555,7 @@ func (d *diskStorage) openIdentity(id Identity) (dirID [16]byte, err error) {
 	case found.Identity != id:
 		return dirID, &IdentityError{name, found.String(), id.String(), "set Config.Dir to this node's own directory; nothing was changed"}
 	case found.copied() && d.adopt:
-		d.copied = true // the file is written once the log has been accepted too
+		d.copied = true // see settleIdentity
 	case found.copied():
 		return dirID, &IdentityError{name, fmt.Sprintf("a copy (inode %d)", found.ownInode), fmt.Sprintf("the original (inode %d)", found.inode),
 			"two nodes with one identity would vote twice: start the original, or, if it never will run again, set Config.AdoptDir for one start; nothing was changed"}
@@ -562,10 +574,9 @@ func (i *identityRead) copied() bool {
 	return i.ownInode != i.inode && i.ownInode != 0 && i.inode != 0
 }
 
-// readIdentity reads the identity file. If there is none, the error matches
+// readIdentity reads an identity file. If there is none, the error matches
 // fs.ErrNotExist.
-func (d *diskStorage) readIdentity() (found identityRead, err error) {
-	name := d.identityFile()
+func (d *diskStorage) readIdentity(name string) (found identityRead, err error) {
 	f, err := d.fs.Open(name)
 	if err != nil {
 		return found, fmt.Errorf("raft: open %s: %w", name, err)
@@ -606,11 +617,36 @@ func (d *diskStorage) readIdentity() (found identityRead, err error) {
 func (d *diskStorage) makeIdentity(name string, id Identity) (dirID [16]byte, err error) {
 	for _, dir := range []string{d.options.Dir, d.snapshots.dir} {
 		if names, err := d.fs.List(dir); err == nil && len(names) > 0 {
-			return dirID, &CorruptError{File: name, Found: "no identity file beside a log or a snapshot, as where a restore was cut short", Do: doEmpty}
+			return dirID, &CorruptError{File: d.identityFile(), Found: "no identity file beside a log or a snapshot, as where a restore was cut short", Do: doEmpty}
 		}
 	}
 	d.random(dirID[:])
 	return dirID, d.writeIdentity(name, dirID, id)
+}
+
+// settleIdentity makes the identity file what it is to be, once the log was
+// accepted and holds a record.
+func (d *diskStorage) settleIdentity(dirID [16]byte, id Identity) error {
+	name := d.identityFile()
+	if d.first {
+		name = d.firstIdentityFile()
+	}
+	if d.copied {
+		if err := d.writeIdentity(name, dirID, id); err != nil {
+			return err
+		}
+	}
+	if !d.first {
+		return nil
+	}
+	err := d.fs.Rename(name, d.identityFile())
+	if err == nil {
+		err = d.fs.SyncDir(d.dir)
+	}
+	if err != nil {
+		return fmt.Errorf("raft: name %s: %w", d.identityFile(), err)
+	}
+	return nil
 }
 
 // writeIdentity writes the file under another name, syncs and renames it. It

@@ -2,9 +2,13 @@ package raft
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"io/fs"
 	"math/rand/v2"
+	"strings"
 	"testing"
+	"time"
 
 	"example.com/raft/internal/vfs"
 	"example.com/raft/internal/wal"
@@ -134,6 +138,137 @@ func TestDiskStorageRecoversReplacedLog(t *testing.T) {
 			if err := d.Close(); err != nil {
 				t.Fatal(err)
 			}
+		}
+	}
+}
+
+// Power is cut, or the process killed, before every operation of the first start
+// that changes the disk, and before every one of the start after that. The next
+// start goes on in any case, and nobody ever finds a file identity beside a log
+// that holds nothing.
+func TestFirstStartCrashPoints(t *testing.T) {
+	for seed := range uint64(3) {
+		rng := rand.New(rand.NewPCG(seed, 2))
+		points := [2]int{}
+		var start func(mem *vfs.Mem, depth int)
+		start = func(mem *vfs.Mem, depth int) {
+			mem.SetHook(func(op vfs.Op) error {
+				if depth == len(points) || !op.Kind.Changes() || t.Failed() {
+					return nil
+				}
+				points[depth]++
+				killed := mem.Clone()
+				killed.Kill()
+				start(killed, depth+1)
+				for _, choose := range []func(int) int{func(int) int { return 0 }, func(n int) int { return min(1, n-1) }, rng.IntN} {
+					start(mem.CrashClone(choose), depth+1)
+				}
+				return nil
+			})
+			settled := isThere(mem, "node/identity")
+			d := memoryDir(mem)
+			rec, err := d.Open(t.Context(), Identity{"c", "n"})
+			if err != nil || settled && rec.Boot < 2 {
+				t.Errorf("seed %d, crash before operation %v: start %d, %v", seed, points, rec.Boot, err)
+				return
+			}
+			mem.SetHook(nil)
+			for _, c := range []*vfs.Mem{mem.Clone(), mem.CrashClone(func(int) int { return 0 })} {
+				c.Kill()
+				if r := memoryDir(c).inspect(t.Context()); r.Err != nil || r.Starts != rec.Boot {
+					t.Errorf("seed %d: after start %d: %v", seed, rec.Boot, r)
+				}
+			}
+			if err := d.Close(); err != nil {
+				t.Error(err)
+			}
+		}
+		start(vfs.NewMem(rand.New(rand.NewPCG(seed, 1))), 0)
+		if points[0] < 15 || points[1] < 15*points[0] {
+			t.Errorf("seed %d: only %v points", seed, points)
+		}
+	}
+}
+
+func isThere(mem *vfs.Mem, name string) bool {
+	_, err := mem.Stat(name)
+	return !errors.Is(err, fs.ErrNotExist)
+}
+
+// Every operation of the first start fails once. The next start goes on, also
+// when the cache was dropped meanwhile.
+func TestFirstStartDiskFailures(t *testing.T) {
+	broken := errors.New("input/output error")
+	for fail := 1; ; fail++ {
+		mem := vfs.NewMem(rand.New(rand.NewPCG(1, 1)))
+		n, failed := 0, vfs.Op{Size: -1}
+		mem.SetHook(func(op vfs.Op) error {
+			if n++; n == fail {
+				failed = op
+				return broken
+			}
+			return nil
+		})
+		d := memoryDir(mem)
+		_, err := d.Open(t.Context(), Identity{"c", "n"})
+		mem.SetHook(nil)
+		if err == nil {
+			err = d.Close()
+		}
+		if failed.Size < 0 {
+			if fail < 30 {
+				t.Errorf("only %d operations", fail)
+			}
+			break
+		}
+		if err != nil && !errors.Is(err, broken) || mem.OpenFiles() != 0 {
+			t.Fatalf("operation %d, %+v, failed: %v; %d files are open", fail, failed, err, mem.OpenFiles())
+		}
+		mem.DropCaches()
+		d = memoryDir(mem)
+		if _, err := d.Open(t.Context(), Identity{"c", "n"}); err != nil || d.Close() != nil {
+			t.Fatalf("operation %d, %+v, failed, and then: %v", fail, failed, err)
+		}
+	}
+}
+
+// A node that voted and has lost its log would vote again. It is refused beside
+// its identity, whatever is left of the log, and so is it by Inspect and Recover.
+func TestLostLog(t *testing.T) {
+	for what, spare := range map[string]func(name string) bool{
+		"its files":    func(string) bool { return false },
+		"its segments": func(name string) bool { return !strings.HasSuffix(name, ".wal") },
+	} {
+		mem := vfs.NewMem(rand.New(rand.NewPCG(1, 1)))
+		oldDirectory(t, mem, false)
+		names, err := mem.List("node/wal")
+		if err != nil || len(names) < 2 {
+			t.Fatal(names, err)
+		}
+		for _, name := range names {
+			if !spare(name) {
+				if err := mem.Remove("node/wal/" + name); err != nil {
+					t.Fatal(err)
+				}
+			}
+		}
+		mem.SetHook(func(op vfs.Op) error {
+			if op.Kind.Changes() && op.Kind != vfs.OpSyncDir {
+				t.Errorf("without %s: %+v", what, op)
+			}
+			return nil
+		})
+		_, openErr := memoryDir(mem).Open(t.Context(), Identity{"c", "n"})
+		_, recoverErr := recoverDirectory(t.Context(), func() *diskStorage { return memoryDir(mem) }, &RecoverOptions{Lost: oldMembers}, time.Now())
+		r := memoryDir(mem).inspect(t.Context())
+		for _, err := range []error{openErr, recoverErr, r.Err} {
+			var corrupt *CorruptError
+			if !errors.As(err, &corrupt) || corrupt.File != "node/wal" || !strings.Contains(corrupt.Do, "with an empty directory") {
+				t.Errorf("without %s: %v", what, err)
+			}
+		}
+		if r.ID != "n" || mem.OpenFiles() != 0 {
+			t.Errorf("without %s: %d files are open, and Inspect says %v", what, mem.OpenFiles(), r)
 		}
 	}
 }

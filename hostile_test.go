@@ -136,6 +136,11 @@ func TestDirectoryRefused(t *testing.T) {
 				t.Fatal(err)
 			}
 		}, corrupt, "no identity file"},
+		{"no log beside an identity", func(t *testing.T, c *Config) {
+			if err := os.RemoveAll(filepath.Join(c.Dir, "wal")); err != nil {
+				t.Fatal(err)
+			}
+		}, corrupt, "no record"},
 		{"a log of another directory", func(t *testing.T, c *Config) {
 			other := usedDirectory(t)
 			if err := errors.Join(os.RemoveAll(filepath.Join(c.Dir, "wal")),

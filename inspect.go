@@ -96,7 +96,7 @@ func (d *diskStorage) inspectLocked(ctx context.Context, r *DirectoryReport) err
 		return fmt.Errorf("raft: %s is no data directory of a node, it has no file identity: %w", d.dir, err)
 	}
 	d.layOut()
-	found, err := d.readIdentity()
+	found, err := d.readIdentity(d.identityFile())
 	if err != nil {
 		return err
 	}
@@ -111,9 +111,9 @@ func (d *diskStorage) inspectLocked(ctx context.Context, r *DirectoryReport) err
 	}
 	var rec Recovered
 	var l raftLog
-	d.options.Tag = found.directory
+	d.options.Tag, d.options.Begun = found.directory, true
 	err = wal.Inspect(ctx, d.options, func(lsn wal.LSN, record wal.Record) error { return d.replay(&rec, &l, lsn, record) })
-	if err != nil && !errors.Is(err, fs.ErrNotExist) { // a node that was killed before it made its log
+	if err != nil {
 		return d.explain(err)
 	}
 	if err := d.replayed(&l); err != nil {

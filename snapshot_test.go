@@ -222,10 +222,13 @@ func TestSnapshotToFounder(t *testing.T) {
 		if err != nil || len(names) == 0 {
 			t.Fatal(names, err)
 		}
-		for _, name := range names { // its identity stays
+		for _, name := range names { // as its first start leaves it; its directory ID stays
 			if err := disk.Remove("data/wal/" + name); err != nil {
 				t.Fatal(err)
 			}
+		}
+		if err := disk.Rename("data/identity", "data/identity.new"); err != nil {
+			t.Fatal(err)
 		}
 		proposeN(t, h, "a", 10)
 		for i := range 2 {

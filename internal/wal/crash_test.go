@@ -114,7 +114,7 @@ func (m *model) checkCarried(carried []Record, first int, any bool) error {
 // open opens the log on a file system and checks what it holds.
 func (m *model) open(fs *vfs.Mem) (l *Log, count int, err error) {
 	o := m.o
-	o.FS = fs
+	o.FS, o.Begun = fs, m.acked > 0
 	k := &kept{}
 	same := inspected(o)
 	l, err = Open(context.Background(), o, k.replay)

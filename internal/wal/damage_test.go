@@ -229,6 +229,73 @@ func TestMissingSegment(t *testing.T) {
 	}
 }
 
+// TestLost: a log that has held records and holds none is refused, whichever of
+// its files are gone, and nothing is changed or made. Without Begun it is a new
+// one.
+func TestLost(t *testing.T) {
+	whole := newMem(1)
+	m := &model{o: testOptions(whole, 1)}
+	l, _, err := m.open(whole)
+	if err != nil {
+		t.Fatal(err)
+	}
+	m.append(l, 20)
+	if err := errors.Join(m.flush(l), l.Prepare(), l.Close()); err != nil {
+		t.Fatal(err)
+	}
+	remove := func(fs *vfs.Mem, names ...string) {
+		for _, name := range names {
+			if err := fs.Remove(m.o.Dir + "/" + name); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	for what, lose := range map[string]func(fs *vfs.Mem) *vfs.Mem{
+		"the directory": func(*vfs.Mem) *vfs.Mem { return newMem(2) },
+		"all segments":  func(fs *vfs.Mem) *vfs.Mem { remove(fs, fileName(1, segmentSuffix)); return fs },
+		"all files":     func(fs *vfs.Mem) *vfs.Mem { remove(fs, fileName(1, segmentSuffix), reserveName, "lock"); return fs },
+		"the only batch": func(fs *vfs.Mem) *vfs.Mem {
+			name := m.o.Dir + "/" + fileName(1, segmentSuffix)
+			if err := errors.Join(fs.ZeroSector(name, blockSize), fs.ZeroSector(name, 2*blockSize)); err != nil { // and its seal
+				t.Fatal(err)
+			}
+			return fs
+		},
+		"the lock, no more": func(fs *vfs.Mem) *vfs.Mem { remove(fs, "lock"); return fs },
+	} {
+		fs := lose(whole.CrashClone(none))
+		o := m.o
+		o.FS, o.Begun = fs, true
+		fs.SetHook(func(op vfs.Op) error {
+			if op.Kind.Changes() && op.Kind != vfs.OpSyncDir && what != "the lock, no more" {
+				t.Errorf("without %s, Open does %+v", what, op)
+			}
+			return nil
+		})
+		same := inspected(o)
+		k := &kept{}
+		l, err := Open(t.Context(), o, k.replay)
+		if err := same(k, err); err != nil {
+			t.Errorf("without %s: %v", what, err)
+		}
+		if what == "the lock, no more" {
+			if err != nil || l.Close() != nil || len(k.recs) != 1 {
+				t.Errorf("without %s: %v", what, err)
+			}
+			continue
+		}
+		var corrupt *CorruptError
+		if !errors.As(err, &corrupt) || corrupt.Do != doFind || fs.OpenFiles() != 0 {
+			t.Errorf("without %s: %v", what, err)
+		}
+		fs.SetHook(nil)
+		o.Begun = false
+		if l, k := mustOpen(t, o); len(k.recs) > 0 || l.Close() != nil {
+			t.Errorf("without %s: a new log holds %d records", what, len(k.recs))
+		}
+	}
+}
+
 // TestRefusals: files of another directory, a newer format or another number
 // are refused by type.
 func TestRefusals(t *testing.T) {

@@ -45,6 +45,13 @@ func corrupt(file string, off int64, format string, args ...any) error {
 	return &CorruptError{File: file, Offset: off, Found: fmt.Sprintf(format, args...), Do: doReplace}
 }
 
+// lost says that a log holds nothing which held something.
+func lost(dir string) error {
+	return &CorruptError{File: dir, Found: "no record, in a log that has held some: it was deleted, or is on a file system that is not mounted", Do: doFind}
+}
+
+const doFind = "nothing was changed; bring the log back to where it was; if it is lost, remove this node from the cluster and add it again with an empty directory"
+
 // VersionError says that a file was written by a newer version of this
 // library.
 type VersionError struct {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 )
 
 // Inspect calls replay for what the log in a directory holds, as Open does, and
@@ -15,6 +16,9 @@ func Inspect(ctx context.Context, o Options, replay func(LSN, Record) error) err
 		return err
 	}
 	names, err := o.FS.List(o.Dir)
+	if o.Begun && errors.Is(err, fs.ErrNotExist) {
+		return lost(o.Dir)
+	}
 	if err != nil {
 		return fmt.Errorf("wal: list the log's directory: %w", err)
 	}

@@ -15,6 +15,7 @@ type recovery struct {
 	segs   []*segment
 
 	have    bool        // a valid batch has been read
+	held    bool        // and one that holds records
 	last    batchHeader // of the last valid batch
 	lastCRC uint32
 	lastIn  int    // index of its segment
@@ -243,6 +244,9 @@ func (r *recovery) noneLater(seg, in *segment, off int64, w *window) error {
 // checkStart refuses a log whose oldest segment holds nothing valid, unless it
 // is a new log: older segments go only after this one's first batch is synced.
 func (r *recovery) checkStart() error {
+	if r.l.o.Begun && !r.held {
+		return lost(r.l.o.Dir)
+	}
 	if len(r.segs) > 0 && !r.have && r.segs[0].header.number != 1 {
 		return corrupt(r.path(r.segs[0]), blockSize, "no valid first batch in the oldest segment")
 	}
@@ -291,6 +295,7 @@ func (r *recovery) readBatch(i int, w *window) (found bool, err error) {
 
 // deliver replays a batch.
 func (r *recovery) deliver(seg *segment, h *batchHeader, body []byte) error {
+	r.held = r.held || h.carried+h.records > 0
 	carry := &r.l.carry
 	carry.take(r.pending)
 	r.pending = r.pending[:0]

@@ -14,6 +14,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"sync"
 
 	"example.com/raft/internal/vfs"
@@ -47,6 +48,9 @@ type Options struct {
 	// Tag names the directory. It is written to each segment, and a segment
 	// with another tag is refused.
 	Tag [16]byte
+	// Begun says that records were made durable here before. A log that holds none
+	// is refused then: it was deleted, or is somewhere else.
+	Begun bool
 	// MinSegmentBytes is the size of the first segment, 1 MiB if zero. Each new
 	// segment is twice as long as the one before, up to MaxSegmentBytes, 64 MiB
 	// if zero. Both are multiples of 4096, at least 16384. A segment is made
@@ -208,6 +212,9 @@ func Open(ctx context.Context, o Options, replay func(LSN, Record) error) (*Log,
 	l.cond = sync.NewCond(&l.mu)
 	l.stage.reset()
 	l.free.reset()
+	if _, err := o.FS.Stat(o.Dir); o.Begun && errors.Is(err, fs.ErrNotExist) {
+		return nil, lost(o.Dir)
+	}
 	if err := o.FS.MkdirAll(o.Dir); err != nil {
 		return nil, fmt.Errorf("wal: create the log's directory: %w", err)
 	}
