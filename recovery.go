@@ -327,7 +327,8 @@ func (p RecoveryPlan) String() string {
 // Indexes go on where the log ends.
 //
 // No node may run on the directory. The change is one write of the log: after a
-// crash the directory is as before or recovered. The error is a *RecoverError,
+// crash the directory is as before or recovered. One that was a copy may then be
+// one still: start it once with Config.AdoptDir. The error is a *RecoverError,
 // what Inspect finds, ctx's, or the disk's; after one of the disk Inspect says
 // whether it was done.
 func Recover(ctx context.Context, dir string, o RecoverOptions) (RecoveryPlan, error) {
@@ -370,7 +371,11 @@ func planRecovery(r DirectoryReport, o *RecoverOptions) (p RecoveryPlan, err err
 		return refuse(RecoverBetter, "its log ends with entry %v, and that of node %q (%s) with %v; recover that one, or set LoseEntries to lose what only it has", r.Last, best.ID, best.Dir, best.Last)
 	}
 	if p.Survey.Quorum && !o.AbandonQuorum && len(p.Survey.Voters) == 1 && p.Survey.Voters[0] == r.ID {
-		return refuse(RecoverQuorum, "its node %q is the only voter, as after a recovery or a restore: start it, and nothing is lost; or set AbandonQuorum", r.ID)
+		start := "start it"
+		if r.Copied {
+			start = "start it once with AdoptDir, because the directory is a copy"
+		}
+		return refuse(RecoverQuorum, "its node %q is the only voter, as after a recovery or a restore: %s, and nothing is lost; or set AbandonQuorum", r.ID, start)
 	}
 	if p.Survey.Quorum && !o.AbandonQuorum {
 		return refuse(RecoverQuorum, "the directories that are here (%s) are a majority of the voters (%s): start their nodes, and nothing is lost; or set AbandonQuorum and empty the other directories",
@@ -475,13 +480,17 @@ func describeReports(list []MemberReport) string {
 }
 
 // recoverAlone appends the configuration of a cluster of one. Everything is in
-// one batch of the log.
+// one batch of the log. Only then is a copy taken over: until it is, Start
+// refuses it, so nobody votes with it in the old cluster.
 func (d *diskStorage) recoverAlone(ctx context.Context, p *RecoveryPlan) error {
-	rec, err := d.Open(ctx, Identity{p.Directory.ClusterID, p.Directory.ID})
+	id := Identity{p.Directory.ClusterID, p.Directory.ID}
+	rec, err := d.open(ctx, id)
 	if err != nil {
 		return err
 	}
-	err = d.appendRecovery(&rec, p)
+	if err = d.appendRecovery(&rec, p); err == nil {
+		err = d.settleIdentity(rec.DirectoryID, id)
+	}
 	return errors.Join(err, d.Close())
 }
 

@@ -594,10 +594,9 @@ func snapStateOffset(t *testing.T, fs vfs.FS, name string) int64 {
 	return info.Size - 33
 }
 
-// A copy is noticed, refused, and recovered if that is asked for.
-func TestRecoverCopy(t *testing.T) {
-	mem := vfs.NewMem(rand.New(rand.NewPCG(1, 1)))
-	oldDirectory(t, mem, false)
+// makeCopy makes a copy of the directory: its identity file is another one.
+func makeCopy(t *testing.T, mem *vfs.Mem) {
+	t.Helper()
 	f, err := mem.Open("node/identity")
 	if err != nil {
 		t.Fatal(err)
@@ -611,23 +610,32 @@ func TestRecoverCopy(t *testing.T) {
 	if f, err = mem.Create("node/identity"); err == nil {
 		_, err = f.WriteAt(b[:n], 0)
 	}
-	if err := errors.Join(err, f.Sync(), f.Close()); err != nil {
+	if err := errors.Join(err, f.Sync(), f.Close(), mem.SyncDir("node")); err != nil {
 		t.Fatal(err)
 	}
-	storage := func(adopt bool) func() *diskStorage {
-		return func() *diskStorage {
-			d := memoryDir(mem)
-			d.adopt = adopt
-			return d
-		}
+}
+
+// recoverOld does Recover to what oldDirectory has made, and makeCopy.
+func recoverOld(t *testing.T, mem *vfs.Mem, adopt bool) error {
+	storage := func() *diskStorage {
+		d := memoryDir(mem)
+		d.adopt = adopt
+		return d
 	}
+	_, err := recoverDirectory(t.Context(), storage, &RecoverOptions{Lost: oldMembers, AdoptCopy: adopt}, time.Unix(500, 0))
+	return err
+}
+
+// A copy is noticed, refused, and recovered if that is asked for.
+func TestRecoverCopy(t *testing.T) {
+	mem := vfs.NewMem(rand.New(rand.NewPCG(1, 1)))
+	oldDirectory(t, mem, false)
+	makeCopy(t, mem)
 	var refused *RecoverError
-	o := &RecoverOptions{Lost: oldMembers}
-	if _, err := recoverDirectory(t.Context(), storage(false), o, time.Now()); !errors.As(err, &refused) || refused.Reason != RecoverCopy {
+	if err := recoverOld(t, mem, false); !errors.As(err, &refused) || refused.Reason != RecoverCopy {
 		t.Fatal(err)
 	}
-	o.AdoptCopy = true
-	if _, err := recoverDirectory(t.Context(), storage(true), o, time.Now()); err != nil {
+	if err := recoverOld(t, mem, true); err != nil {
 		t.Fatal(err)
 	}
 	if r := memoryDir(mem).inspect(t.Context()); r.Err != nil || r.Copied || len(r.History) != 1 {
@@ -637,17 +645,23 @@ func TestRecoverCopy(t *testing.T) {
 
 // Power is cut before every operation of Recover that changes the disk. What is
 // left is the directory as it was, which is recovered then, or the recovered one.
+// One that was a copy stays one until it is recovered: until then its node would
+// be a member of the old cluster.
 func TestRecoverCrashPoints(t *testing.T) {
-	for _, replaced := range []bool{false, true} {
+	for _, kind := range []struct{ replaced, copied bool }{{false, false}, {true, false}, {false, true}} {
+		replaced := kind.replaced
 		for seed := range uint64(3) {
 			mem := vfs.NewMem(rand.New(rand.NewPCG(seed, 1)))
 			oldDirectory(t, mem, replaced)
+			if kind.copied {
+				makeCopy(t, mem)
+			}
 			rng := rand.New(rand.NewPCG(seed, 2))
 			points, outcomes := 0, map[string]int{}
 			check := func(c *vfs.Mem) {
-				outcomes[afterRecover(t, c, replaced)]++
+				outcomes[afterRecover(t, c, replaced, kind.copied)]++
 				if t.Failed() {
-					t.Fatalf("replaced %v, seed %d, crash before operation %d", replaced, seed, points)
+					t.Fatalf("%+v, seed %d, crash before operation %d", kind, seed, points)
 				}
 			}
 			mem.SetHook(func(op vfs.Op) error {
@@ -663,18 +677,18 @@ func TestRecoverCrashPoints(t *testing.T) {
 				}
 				return nil
 			})
-			_, err := recoverDirectory(t.Context(), func() *diskStorage { return memoryDir(mem) }, &RecoverOptions{Lost: oldMembers}, time.Unix(500, 0))
+			err := recoverOld(t, mem, kind.copied)
 			mem.SetHook(nil)
 			if err != nil {
 				t.Fatal(err)
 			}
 			for _, c := range []*vfs.Mem{mem.Clone(), mem.CrashClone(func(int) int { return 0 })} {
-				if got := afterRecover(t, c, replaced); got != "recovered" {
+				if got := afterRecover(t, c, replaced, kind.copied); got != "recovered" {
 					t.Fatalf("after Recover has returned, it is %s", got)
 				}
 			}
-			t.Logf("replaced %v, seed %d: %d points: %v", replaced, seed, points, outcomes)
-			if outcomes["old"] == 0 || outcomes["recovered"] == 0 || points < 5 {
+			t.Logf("%+v, seed %d: %d points: %v", kind, seed, points, outcomes)
+			if outcomes["old"] == 0 || outcomes["recovered"] == 0 || points < 5 || kind.copied && outcomes["recovered, a copy"] == 0 {
 				t.Errorf("%d points: %v", points, outcomes)
 			}
 		}
@@ -682,8 +696,8 @@ func TestRecoverCrashPoints(t *testing.T) {
 }
 
 // afterRecover says what a crash has left of Recover; one that had not happened
-// is done now.
-func afterRecover(t *testing.T, mem *vfs.Mem, replaced bool) string {
+// is done now. A copy that was recovered and not taken over starts with AdoptDir.
+func afterRecover(t *testing.T, mem *vfs.Mem, replaced, copied bool) string {
 	t.Helper()
 	kept := EntryID{12, 3}
 	if replaced {
@@ -695,18 +709,29 @@ func afterRecover(t *testing.T, mem *vfs.Mem, replaced bool) string {
 		t.Errorf("after a crash: %v", r.Err)
 		return outcome
 	}
-	if len(r.History) == 0 {
+	d := memoryDir(mem)
+	switch {
+	case len(r.History) == 0:
 		outcome = "old"
-		if r.Last != kept || len(r.Members) != 3 || r.VotedFor != "o" {
+		if r.Last != kept || len(r.Members) != 3 || r.VotedFor != "o" || r.Copied != copied {
 			t.Errorf("neither as it was nor recovered:\n%s", r)
 			return outcome
 		}
-		if _, err := recoverDirectory(t.Context(), func() *diskStorage { return memoryDir(mem) }, &RecoverOptions{Lost: oldMembers}, time.Unix(500, 0)); err != nil {
+		if err := recoverOld(t, mem, copied); err != nil {
 			t.Error(err)
 			return outcome
 		}
+	case r.Copied:
+		outcome = "recovered, a copy"
+		var refused *IdentityError
+		if _, err := memoryDir(mem).Open(t.Context(), Identity{"c", "n"}); !errors.As(err, &refused) {
+			t.Errorf("a copy started: %v", err)
+		}
+		if err := recoverOld(t, mem, true); err == nil || !strings.Contains(err.Error(), "start it once with AdoptDir") {
+			t.Errorf("Recover says %v", err)
+		}
+		d.adopt = true
 	}
-	d := memoryDir(mem)
 	rec := mustOpen2(t, d)
 	defer d.Close()
 	l := newRaftLog(rec.Start, rec.Last, rec.Runs, rec.Tail)
@@ -746,7 +771,7 @@ func TestRecoverDiskFailures(t *testing.T) {
 				}
 				return nil
 			})
-			_, err := recoverDirectory(t.Context(), func() *diskStorage { return memoryDir(mem) }, &RecoverOptions{Lost: oldMembers}, time.Unix(500, 0))
+			err := recoverOld(t, mem, false)
 			mem.SetHook(nil)
 			if failed.Size < 0 {
 				if fail < 30 {
@@ -758,7 +783,7 @@ func TestRecoverDiskFailures(t *testing.T) {
 				t.Fatalf("operation %d, %+v, failed: %v; %d files are open", fail, failed, err, mem.OpenFiles())
 			}
 			mem.DropCaches()
-			if got := afterRecover(t, mem, false); err == nil && got != "recovered" || t.Failed() {
+			if got := afterRecover(t, mem, false, false); err == nil && got != "recovered" || t.Failed() {
 				t.Fatalf("operation %d, %+v, failed: %v, and it is %s", fail, failed, err, got)
 			}
 		}
