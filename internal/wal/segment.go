@@ -155,7 +155,8 @@ func (l *Log) prepare(h segmentHeader, space int64, urgent bool, write func(*seg
 
 // rename gives a file another name, durably. One that finds no space, which the
 // directory may need, has changed nothing; after any other error nobody knows
-// what the directory holds, which dirErr says.
+// what the directory holds, which dirErr says. That includes a sync that finds no
+// space: the next one may succeed without having written what this one could not.
 func (l *Log) rename(seg *segment, name string) error {
 	err := l.o.FS.Rename(l.path(seg.name), l.path(name))
 	if vfs.IsNoSpace(err) {
