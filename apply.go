@@ -247,6 +247,7 @@ func (a *applier) tell(run Entries, results outcomes) {
 	cm.mu.Lock()
 	if cm.core.role != Dead { // otherwise die has told them
 		a.settled, a.woken = cm.pending.onApplied(run, results, a.settled[:0], a.woken[:0])
+		cm.sessions = len(a.sessions.byID)
 		cm.core.applyEnds()
 		if len(a.read) > 0 {
 			cm.core.applyBegins(time.Now())

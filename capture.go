@@ -297,6 +297,7 @@ func (a *applier) restore(last EntryID) error {
 	var woken []chan struct{}
 	if cm.core.role != Dead { // otherwise die has told them
 		settled, woken = cm.pending.jump(last)
+		cm.sessions = len(sessions.byID)
 	}
 	cm.unlock()
 	settle(settled, woken)

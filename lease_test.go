@@ -580,6 +580,50 @@ func TestLeaseReadsNeedNoMessage(t *testing.T) {
 	})
 }
 
+// Status tells of a lease for exactly as long as reads may rely on it.
+func TestStatusLease(t *testing.T) {
+	var slept atomic.Int64
+	leased(t, func(t *testing.T, h *Harness) {
+		leader, _ := h.CheckSingleLeader()
+		proposeN(t, h, "x", 1)
+		time.Sleep(time.Second)
+		for i := range 3 {
+			if st := h.Server(i).Status(); st.Lease != (i == leader) {
+				t.Errorf("node %d, %v: lease %t", i, st.Role, st.Lease)
+			}
+		}
+		s := h.Server(leader)
+		slept.Add(int64(time.Second))
+		if s.Status().Lease {
+			t.Error("the lease has outlived a sleep of the machine")
+		}
+		slept.Add(-int64(time.Second))
+		h.DisconnectPeer(leader)
+		for cut, held := time.Now(), true; held; time.Sleep(time.Millisecond) {
+			took := timedRead(t, s, time.Microsecond)
+			if held = s.Status().Lease; held != (took == 0) {
+				t.Fatalf("%v after the cut: lease %t, a read took %v", time.Since(cut), held, took)
+			}
+			if time.Since(cut) > time.Second {
+				t.Fatal("the lease does not end")
+			}
+		}
+		if st := s.Status(); st.Role != Leader || st.Lease {
+			t.Errorf("it has lost its lease: %v, lease %t", st.Role, st.Lease)
+		}
+	}, func(node int, c *Config) {
+		c.sleptFor = func() (sleep, error) {
+			d := time.Duration(slept.Load())
+			return sleep{d, d}, nil
+		}
+	})
+	virtual(t, 1, func(t *testing.T, h *Harness) {
+		if leader, _ := h.CheckSingleLeader(); h.Server(leader).Status().Lease {
+			t.Error("a lease where none is configured")
+		}
+	})
+}
+
 // A machine that sleeps loses its lease, although the clock of its timers stood
 // still: the read costs a round, or, where nobody hears it, has no answer.
 func TestLeaseReadsAfterTheMachineSlept(t *testing.T) {

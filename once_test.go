@@ -101,6 +101,50 @@ func TestOnceOriginalResult(t *testing.T) {
 	})
 }
 
+// Status counts the sessions that are open, on every node alike.
+func TestStatusSessions(t *testing.T) {
+	snapshots(t, 3, func(t *testing.T, h *Harness) {
+		leader, _ := h.CheckSingleLeader()
+		last, behind := other(h, leader, 1), other(h, leader, 2)
+		open := func(want int, nodes ...int) {
+			t.Helper()
+			for _, i := range nodes {
+				waitApplied(t, h, i, h.Server(leader).Status().Applied)
+				if st := h.Server(i).Status(); st.Sessions != want {
+					t.Errorf("node %d has %d sessions, want %d", i, st.Sessions, want)
+				}
+			}
+		}
+		open(0, leader, last, behind)
+		h.DisconnectPeer(behind)
+		a, b := newOnceClient(t, h, leader), newOnceClient(t, h, last)
+		a.must(last, 1)
+		open(2, leader, last)
+		proposeN(t, h, "x", 20)
+		h.TakeSnapshot(leader)
+		time.Sleep(5 * time.Second) // the log is not kept longer for a node that is away
+		h.ReconnectPeer(behind)
+		caughtUp(t, h, behind)
+		open(2, behind) // by the snapshot of another node
+		if n := journalOf(h, behind).restores.Load(); n != 1 {
+			t.Fatalf("it restored %d snapshots", n)
+		}
+		h.CrashPeer(behind)
+		h.RestartPeer(behind)
+		if st := h.Server(behind).Status(); st.Sessions != 2 { // by its own, before it has heard from anybody
+			t.Errorf("it starts with %d sessions", st.Sessions)
+		}
+		if err := h.Server(leader).CloseSession(within(t, 10*time.Second), b.id); err != nil {
+			t.Fatal(err)
+		}
+		open(1, leader, last, behind)
+		time.Sleep(2 * time.Minute)
+		open(1, leader)           // it has expired, and no entry said so yet
+		newOnceClient(t, h, last) // does
+		open(1, leader, last, behind)
+	}, configured(func(c *Config) { c.SessionTimeout, c.KeepLogBytes = time.Minute, 1 }))
+}
+
 // Sessions are part of snapshots: a node that has only a snapshot of them, its
 // own or another node's, knows what was answered.
 func TestOnceSnapshots(t *testing.T) {

@@ -54,6 +54,7 @@ type ConsensusModule struct {
 	heartbeatDone chan struct{} // open exactly while leading; closing it stops the heartbeat goroutine
 	timerArmed    time.Time     // when the timer goroutine will wake by itself
 	applySeen     Index         // the highest entry of which the applier was told
+	sessions      int           // open ones, as of pending.applied
 	onDisk        bool          // the state machine must not be ahead of the log on disk
 	captures      captures
 	incoming      incomingSnapshot // has its own lock

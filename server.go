@@ -215,6 +215,7 @@ func (s *Server) run(c *core) {
 	if s.restoredFrom != nil {
 		s.machine.restored(s.restoredFrom, s.sessions)
 		s.cm.pending.applied, s.cm.pending.term = s.restoredFrom.Last.Index, s.restoredFrom.Last.Term
+		s.cm.sessions = len(s.sessions.byID)
 	}
 	for _, h := range s.history {
 		s.emit(Event{Kind: EventHistory, Detail: h.String()})
@@ -391,12 +392,14 @@ type Status struct {
 	Role      Role
 	Term      Term
 	Leader    NodeID // "" if unknown
+	Lease     bool   // this node leads and has a lease now: ReadLease asks nobody; see Config.LeaseDuration
 	First     Index  // of the log; Last+1 if it is empty
 	Last      Index
 	Durable   Index // of Last, what is on this node's disk
 	Commit    Index
 	Applied   Index
 	Snapshot  Index // the last entry that this node's newest snapshot includes
+	Sessions  int   // open in the state as of Applied; one that expires is counted until the next entry about a session
 	DiskFull  bool  // there is no space for the log to grow; see ErrDiskFull
 	Members   []Member
 	Missing   []NodeID         // founders that a forming node waits for
@@ -425,9 +428,10 @@ func (s *Server) Status() Status {
 	cm.mu.Lock()
 	defer cm.unlock()
 	c := cm.core
+	cm.lookAtClock() // for the lease
 	st := Status{
 		ID: s.conf.ID, Addr: s.listener.Addr().String(), ClusterID: s.conf.ClusterID,
-		Role: c.role, Term: c.currentTerm, Leader: c.leader.label(c),
+		Role: c.role, Term: c.currentTerm, Leader: c.leader.label(c), Lease: c.holdsLease(), Sessions: cm.sessions,
 		First: c.log.start.Index + 1, Last: c.log.last, Durable: c.durableIndex,
 		ClusterUUID: hex.EncodeToString(c.configuration.clusterUUID[:]), History: slices.Clone(s.history),
 		Commit: c.commitIndex, Applied: cm.pending.applied, Snapshot: c.newestSnapshot.Index, DiskFull: c.full != nil, Err: c.failure,

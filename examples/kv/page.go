@@ -106,6 +106,8 @@ type nodeState struct {
 	Commit   raft.Index    `json:"commit"`
 	Applied  raft.Index    `json:"applied"`
 	Snapshot raft.Index    `json:"snapshot"`
+	Sessions int           `json:"sessions"`
+	Lease    bool          `json:"lease"`
 	Sent     int64         `json:"sent"` // bytes of the snapshot that its leader sends it
 	Size     int64         `json:"size"` // of that snapshot, 0 if it is sent none
 	HTTP     string        `json:"http"`
@@ -174,7 +176,7 @@ func (n *Node) state(st raft.Status, running bool) nodeState {
 	s := nodeState{
 		ID: n.ID, Here: true, Running: running && st.Role != raft.Dead, Cut: n.gate.isCut(),
 		Role: st.Role.String(), Term: st.Term, Leader: st.Leader,
-		First: st.First, Last: st.Last, Commit: st.Commit, Applied: st.Applied, Snapshot: st.Snapshot,
+		First: st.First, Last: st.Last, Commit: st.Commit, Applied: st.Applied, Snapshot: st.Snapshot, Sessions: st.Sessions, Lease: st.Lease,
 		HTTP: n.HTTP, Raft: n.Listen, Missing: st.Missing,
 	}
 	if n.removed {

@@ -128,7 +128,8 @@ func handler(node *raft.Server, s *store) http.Handler {
 	}))
 	mux.HandleFunc("GET /status", answer(func(_ context.Context, w http.ResponseWriter, _ *http.Request) error {
 		st := node.Status()
-		_, err := fmt.Fprintf(w, "%s is %s in term %d of cluster %s, applied %d\n", st.ID, st.Role, st.Term, st.ClusterUUID, st.Applied)
+		_, err := fmt.Fprintf(w, "%s is %s in term %d of cluster %s, applied %d, %d client sessions, lease %t\n",
+			st.ID, st.Role, st.Term, st.ClusterUUID, st.Applied, st.Sessions, st.Lease)
 		for _, m := range st.Members {
 			fmt.Fprintf(w, "  member %+v\n", m)
 		}
