@@ -120,9 +120,14 @@ func (l *eventLog) write(e Event) {
 }
 
 // all yields recent events, then live ones, until ctx ends or the node is dead.
+// Once ctx has ended no event is yielded that came after the call, or a node on
+// which events come all the time would never let its reader go.
 func (l *eventLog) all(ctx context.Context) iter.Seq[Event] {
 	return func(yield func(Event) bool) {
 		var n uint64
+		l.mu.Lock()
+		recent := l.next
+		l.mu.Unlock()
 		for {
 			e, at, arrived, ended := l.get(n)
 			if arrived != nil {
@@ -140,7 +145,7 @@ func (l *eventLog) all(ctx context.Context) iter.Seq[Event] {
 				e.Dropped = at - n
 			}
 			n = at + 1
-			if !yield(e) {
+			if at >= recent && ctx.Err() != nil || !yield(e) {
 				return
 			}
 		}

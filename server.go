@@ -379,8 +379,8 @@ func (s *Server) Shutdown(ctx context.Context) error {
 	return s.Close()
 }
 
-// Events yields what happened recently, then what happens, until ctx ends or
-// the node is dead. A slow reader misses events and is told how many by
+// Events yields what happened recently, whether ctx has ended or not, then what
+// happens, until ctx ends or the node is dead. A slow reader misses events and is told how many by
 // Event.Dropped; it never slows the node down.
 func (s *Server) Events(ctx context.Context) iter.Seq[Event] { return s.events.all(ctx) }
 

@@ -541,6 +541,42 @@ func TestEvents(t *testing.T) {
 	})
 }
 
+// Recent events come whether the context has ended or not; later ones do not,
+// also where there always is another one.
+func TestEventsEndWithContext(t *testing.T) {
+	for _, before := range []int{0, 5} {
+		l := &eventLog{}
+		l.add(make([]Event, before))
+		ctx, cancel := context.WithCancel(t.Context())
+		cancel()
+		n := 0
+		for range l.all(ctx) {
+			l.add(make([]Event, 1))
+			if n++; n > 100 {
+				break
+			}
+		}
+		if n != before {
+			t.Errorf("%d events after the end of the context, want the %d recent ones", n, before)
+		}
+		ctx, cancel = context.WithCancel(t.Context())
+		n = 0
+		l.add(make([]Event, 1))
+		for range l.all(ctx) {
+			l.add(make([]Event, 1))
+			if n++; n == 50 {
+				cancel()
+			} else if n > 100 {
+				break
+			}
+		}
+		cancel()
+		if n != 50 {
+			t.Errorf("%d events, the context ended in the 50th", n)
+		}
+	}
+}
+
 // failing is a storage whose disk fails on demand.
 type failing struct {
 	Storage
