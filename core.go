@@ -178,6 +178,21 @@ func newCore(self memberID, l limits, rec Recovered, conf configuration, rng *ra
 	return c
 }
 
+// whoLeads says what this server knows about a leader that takes nothing.
+func (c *core) whoLeads() string {
+	switch {
+	case c.role == Leader && c.transfer.to != 0:
+		return fmt.Sprintf("this node leads, and hands leadership to %q", c.transfer.to.label(c))
+	case c.role == Leader:
+		return "this node leads, and was busy or waits for a majority of the voters or for its disk"
+	case c.leader != 0:
+		return fmt.Sprintf("node %q leads, and was busy or can't be reached", c.leader.label(c))
+	case len(c.configuration.members) == 0:
+		return "the cluster is not formed yet, or this node not added to it"
+	}
+	return "this node knows of none; a majority of the voters must run and reach each other"
+}
+
 // form gives an unformed server its first configuration: entry 1, which all
 // founders derive alike (docs/DESIGN.md, "Formation"). Every vote is saved
 // after it, so none is durable before it.

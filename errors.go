@@ -9,8 +9,11 @@ import (
 // Rejections: the proposal was not appended and will never commit. It may be
 // proposed again.
 var (
-	// ErrNoLeader: no leader took the proposal before the context ended.
-	ErrNoLeader = errors.New("raft: no leader: the cluster has none, or this node can't reach it")
+	// ErrNoLeader: no leader took the proposal, or answered the read, before the
+	// context ended: this node knew of none, could not reach it, or the leader was
+	// busy. The text says which this node saw. Nothing was done: try again, with a
+	// context that ends later or at another node.
+	ErrNoLeader = errors.New("raft: no leader took this attempt in time; it had no effect, try again")
 	// ErrOverloaded: this node's queue of proposals (Config.MaxQueueBytes) is full.
 	// Submit says so at once, Propose when its context ends before there is room.
 	// Propose less, or later.

@@ -98,7 +98,7 @@ func (s *Server) applies() bool {
 // await submits a proposal and waits for it, as Propose says.
 func (s *Server) await(ctx context.Context, submit func() *Proposal) (Result, error) {
 	if err := ctx.Err(); err != nil {
-		return Result{}, fmt.Errorf("%w: %w", ErrNoLeader, err)
+		return Result{}, fmt.Errorf("%w: the context had ended before: %w", ErrNoLeader, err)
 	}
 	p := submit()
 	select {
@@ -110,7 +110,16 @@ func (s *Server) await(ctx context.Context, submit func() *Proposal) (Result, er
 		return Result{}, fmt.Errorf("%w: %w", ErrOverloaded, ctx.Err())
 	}
 	if !isClosed(p.done) && p.abandon() {
-		return Result{}, fmt.Errorf("%w: %w", ErrNoLeader, ctx.Err())
+		return Result{}, s.untaken(ctx.Err())
 	}
 	return p.Wait(ctx)
+}
+
+// untaken is the error of a proposal or a read that no leader took: what this
+// node knows about that, and why the wait ended.
+func (s *Server) untaken(why error) error {
+	s.cm.mu.Lock()
+	known := s.cm.core.whoLeads()
+	s.cm.unlock()
+	return fmt.Errorf("%w: %s: %w", ErrNoLeader, known, why)
 }

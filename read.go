@@ -3,7 +3,6 @@ package raft
 import (
 	"context"
 	"errors"
-	"fmt"
 	"runtime"
 	"sync/atomic"
 )
@@ -172,7 +171,7 @@ func (s *Server) ReadLease(ctx context.Context) (Index, error) { return s.linear
 // linearizable then (thesis 6.4). Any node takes reads: one that does not lead
 // asks the leader. A read writes nothing to any disk. The result is the index
 // as of which the state was read, or a later one. The error is ctx's, matches
-// ErrNoLeader (with ctx's) if no leader could be asked, or is one of WaitApplied.
+// ErrNoLeader (with ctx's) if no leader answered in time, or is one of WaitApplied.
 func (s *Server) ReadIndex(ctx context.Context) (Index, error) { return s.linearize(ctx, false) }
 
 func (s *Server) linearize(ctx context.Context, lease bool) (Index, error) {
@@ -221,7 +220,7 @@ func (s *Server) askReadIndex(ctx context.Context, lease bool) (_ Index, ok bool
 	if answered { // and not applied here yet
 		return 0, false, ctx.Err()
 	}
-	return 0, false, fmt.Errorf("%w: %w", ErrNoLeader, ctx.Err())
+	return 0, false, s.untaken(ctx.Err())
 }
 
 // pauseFor waits before a read that was refused is asked for again.

@@ -121,6 +121,42 @@ func TestProposeContextEnds(t *testing.T) {
 	})
 }
 
+// ErrNoLeader says what the node knew of a leader, which often there is one.
+func TestNoLeaderSaysWhy(t *testing.T) {
+	virtual(t, 3, func(t *testing.T, h *Harness) {
+		says := func(what string, err error, want string) {
+			t.Helper()
+			rejected(t, what, err, ErrNoLeader)
+			rejected(t, what, err, context.DeadlineExceeded)
+			if !strings.Contains(err.Error(), "it had no effect, try again: "+want) {
+				t.Errorf("%s: %v; want %q", what, err, want)
+			}
+		}
+		leader, _ := h.CheckSingleLeader()
+		follower := other(h, leader, 1)
+		ended, cancel := context.WithDeadline(t.Context(), time.Now())
+		defer cancel()
+		_, err := h.Server(leader).Propose(ended, cmd(0))
+		says("a context that had ended", err, "the context had ended before: ")
+		h.Partition([]int{0}, []int{1}, []int{2})
+		for err = nil; !errors.Is(err, ErrNoLeader); { // until it has taken as much as it may
+			h.Server(leader).Submit(make([]byte, 4<<10))
+			_, err = h.Server(leader).Propose(within(t, time.Millisecond), cmd(1))
+		}
+		says("a leader without a majority", err, "this node leads, and was busy or waits for a majority")
+		_, err = h.Server(leader).ReadIndex(within(t, time.Millisecond))
+		says("a read there", err, "this node leads, and was busy or waits for a majority")
+		_, err = h.Server(follower).ReadIndex(within(t, time.Millisecond))
+		says("a read at its follower", err, fmt.Sprintf("node %q leads, and was busy or can't be reached: ", fmt.Sprint(leader)))
+		must(t, h, "nobody knows a leader", func() bool { return h.Server(follower).Status().Leader == "" })
+		_, err = h.Server(follower).Propose(within(t, time.Millisecond), cmd(2))
+		says("without a leader", err, "this node knows of none; a majority")
+		added := h.startNew()
+		_, err = h.Server(added).Propose(within(t, time.Second), cmd(3))
+		says("a node that nobody has added", err, "the cluster is not formed yet, or this node not added to it: ")
+	}, smallLimits)
+}
+
 // A proposal made while there is no leader waits for one.
 func TestProposeWaitsForLeader(t *testing.T) {
 	virtual(t, 3, func(t *testing.T, h *Harness) {
