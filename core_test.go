@@ -3,6 +3,7 @@ package raft
 import (
 	"errors"
 	"math/rand/v2"
+	"slices"
 	"testing"
 	"time"
 )
@@ -169,6 +170,28 @@ func TestResendBeforeFirstAnswer(t *testing.T) {
 	again := appendsTo(2, persist(t, c))
 	if len(again) != 1 || again[0].Prev.Index != last {
 		t.Errorf("after the connection broke: %+v, want the append after entry %d again", again, last)
+	}
+}
+
+// What failed with a connection that was given up says nothing about the one
+// after it.
+func TestLateFailureOfAnAppend(t *testing.T) {
+	c := testCore(t, 1, 3)
+	first := appendsTo(2, elect(t, c))[0]
+	c.onAppendFailed(2, first)
+	c.heartbeat()
+	probe := appendsTo(2, persist(t, c))
+	if len(probe) != 1 {
+		t.Fatalf("sent %+v, want a probe", probe)
+	}
+	c.onAppendFailed(2, first)
+	c.heartbeat()
+	if again := appendsTo(2, persist(t, c)); len(again) != 0 {
+		t.Errorf("sent %+v, and the probe before it is under way", again)
+	}
+	ack(c, 2, probe[0])
+	if p := c.progressOf(2); p.state != streaming || p.match != probe[0].lastIndex() {
+		t.Errorf("after the probe was acknowledged: state %d, match %d", p.state, p.match)
 	}
 }
 
@@ -412,6 +435,49 @@ func TestStallsDoNotKeepALeader(t *testing.T) {
 	}
 	if c.now.Sub(began) <= c.limits.electionTimeout {
 		t.Errorf("it gave up after %v", c.now.Sub(began))
+	}
+}
+
+// With two configurations a leader must hear from both majorities (thesis 4.3).
+func TestCheckQuorumInJointConfiguration(t *testing.T) {
+	for _, v := range []struct {
+		heard []memberID
+		leads bool
+	}{
+		{[]memberID{2, 3}, false}, // the old voters
+		{[]memberID{4, 5}, false}, // the new ones
+		{[]memberID{3, 4}, true},
+	} {
+		c := reconfigured(readLeader(t, 3, false), confOf(true, "vxxpp"))
+		for range 20 { // two election timeouts
+			c.now = c.now.Add(c.limits.heartbeatInterval)
+			for id, a := range heartbeats(c) {
+				if slices.Contains(v.heard, id) {
+					c.onAppendReply(id, a, &appendReply{Term: c.currentTerm, Success: true})
+				}
+			}
+			c.tick()
+		}
+		if leads := c.role == Leader; leads != v.leads {
+			t.Errorf("a leader that hears %v leads: %v", v.heard, leads)
+		}
+	}
+}
+
+// A leader whose connection to another server broke shows it at once that it is
+// there; nobody else does.
+func TestReconnect(t *testing.T) {
+	c := readLeader(t, 3, false)
+	c.reconnect(2)
+	c.reconnect(99) // it is no member any more
+	if sent := c.finish().msgs; len(sent) != 1 || sent[0].to != 2 || sent[0].append == nil || !sent[0].append.Heartbeat {
+		t.Errorf("sent %+v, want a heartbeat to member 2", sent)
+	}
+	c.stepDown(ReasonNoQuorum)
+	c.finish()
+	c.reconnect(2)
+	if sent := c.finish().msgs; len(sent) != 0 {
+		t.Errorf("a follower sent %+v", sent)
 	}
 }
 

@@ -8,6 +8,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 )
 
@@ -95,23 +96,8 @@ func TestLeaseCountsFromSending(t *testing.T) {
 
 // Who counts towards a lease, and when there is none.
 func TestLeaseNeedsAQuorum(t *testing.T) {
-	joint := func(c *core) {
-		conf := c.configuration
-		conf.members = append([]member(nil), conf.members...)
-		conf.members[1].next, conf.members[2].next = leaves, leaves
-		for id := memberID(4); id <= 5; id++ {
-			conf.members = append(conf.members, member{id: id, name: NodeID(rune('a' + id)), learner: true, next: becomesVoter})
-		}
-		conf.joint = true
-		c.configs[0], c.configuration = configEntry{99, conf}, conf // not committed, or the next one would follow
-		c.trackMembers(c.log.last + 1)
-	}
-	learner := func(c *core) {
-		conf := c.configuration
-		conf.members = append(append([]member(nil), conf.members...), member{id: 4, name: "d", learner: true})
-		c.configs[0].conf, c.configuration = conf, conf
-		c.trackMembers(c.log.last + 1)
-	}
+	joint := func(c *core) { reconfigured(c, confOf(true, "vxxpp")) }
+	learner := func(c *core) { reconfigured(c, confOf(false, "vvvl")) }
 	for _, v := range []struct {
 		name  string
 		n     int
@@ -213,14 +199,14 @@ func TestLeaseIsRefused(t *testing.T) {
 // that slept before does not matter.
 func TestLeaseAfterSleep(t *testing.T) {
 	c := leaseLeader(t, 3)
-	c.slept = sleep{time.Hour, time.Hour + time.Microsecond}
+	c.slept = sleep{time.Hour, time.Hour + 100*time.Millisecond}
 	a := heartbeats(c)[2]
 	promised(c, 2, a)
 	if !leaseAnswers(t, c) {
 		t.Error("no lease")
 	}
-	c.slept.atLeast += 499 * time.Millisecond
-	c.slept.atMost += 499 * time.Millisecond
+	c.slept.atLeast += 399 * time.Millisecond // it may have been at its most when the promise was asked for, or at its least
+	c.slept.atMost += 399 * time.Millisecond
 	if !leaseAnswers(t, c) {
 		t.Error("no lease after a short sleep")
 	}
@@ -553,6 +539,13 @@ func TestLeaseReadsNeedNoMessage(t *testing.T) {
 		}
 		h.DisconnectPeer(leader)
 		cut := time.Now()
+		ctx, cancel := context.WithCancel(t.Context())
+		defer cancel()
+		go s.ReadIndex(ctx) // a round that nobody answers: it holds up no lease read
+		synctest.Wait()
+		if n := readRound(s) - rounds; n != 1 {
+			t.Fatalf("%d rounds of heartbeats, want 1", n)
+		}
 		for time.Since(cut) < 800*time.Millisecond {
 			if took := timedRead(t, s, time.Second); took != 0 {
 				t.Fatalf("%v after the leader was cut off a lease read took %v", time.Since(cut), took)

@@ -199,3 +199,68 @@ func TestVotesAreAskedForAfterARefusal(t *testing.T) {
 		})
 	}
 }
+
+// withSlowHeartbeats makes heartbeats rarer than idle connections are closed.
+var withSlowHeartbeats = configured(func(c *Config) {
+	c.HeartbeatInterval, c.ElectionTimeout = 2*linkIdleTimeout, 10*linkIdleTimeout
+})
+
+// hasSeenLeaderLeave tells whether node i has taken its leader for gone.
+func hasSeenLeaderLeave(h *Harness, i int) bool {
+	for e := range h.Server(i).Events(expired()) {
+		if e.Kind == EventLeaderLeft {
+			return true
+		}
+	}
+	return false
+}
+
+// A leader has left when neither of its connections is there any more,
+// whichever ends last.
+func TestLeaderLeavesWithItsLastConnection(t *testing.T) {
+	for _, order := range [][]channel{{channelControl, channelAppend}, {channelAppend, channelControl}} {
+		virtual(t, 3, func(t *testing.T, h *Harness) {
+			leader, _ := h.CheckSingleLeader()
+			follower := other(h, leader, 1)
+			submit(t, h, leader, 1)
+			synctest.Wait() // its connections are so young that it does not connect again at once
+			s := h.Server(leader)
+			for k, ch := range order {
+				s.cm.mu.Lock()
+				id := s.cm.core.configuration.byName(h.Server(follower).conf.ID).id
+				l := s.links[linkKey{id, ch}]
+				s.cm.mu.Unlock()
+				l.hangup()
+				synctest.Wait()
+				if left := hasSeenLeaderLeave(h, follower); left != (k == 1) {
+					t.Errorf("after %v were closed the leader is taken for gone: %v", order[:k+1], left)
+				}
+			}
+		}, withSlowHeartbeats)
+	}
+}
+
+// A leader keeps its connections from one heartbeat to the next, or it would be
+// taken for gone. If they break it connects again at once.
+func TestIdleLeaderStays(t *testing.T) {
+	virtual(t, 3, func(t *testing.T, h *Harness) {
+		leader, term := h.CheckSingleLeader()
+		follower := other(h, leader, 1)
+		time.Sleep(11 * linkIdleTimeout) // between two heartbeats
+		if hasSeenLeaderLeave(h, follower) {
+			t.Error("an idle leader is taken for gone")
+		}
+		if now, t2 := h.CheckSingleLeader(); now != leader || t2 != term {
+			t.Errorf("node %d leads term %d, want %d in term %d", now, t2, leader, term)
+		}
+		broken := time.Now()
+		memNetwork(h).Break(harnessHost(leader), harnessHost(follower))
+		time.Sleep(time.Second)
+		cm := h.Server(follower).cm
+		cm.mu.Lock()
+		defer cm.mu.Unlock()
+		if cm.core.lastContact.Before(broken) {
+			t.Errorf("a second after its connections broke, the leader was heard from %v ago", time.Since(cm.core.lastContact))
+		}
+	}, withSlowHeartbeats)
+}

@@ -378,6 +378,28 @@ func TestTransferRefusals(t *testing.T) {
 	})
 }
 
+// While there are two configurations, only a voter of both takes over.
+func TestTransferInJointConfiguration(t *testing.T) {
+	c := reconfigured(readLeader(t, 3, false), confOf(true, "vxvp"))
+	for _, p := range c.progress {
+		p.match = c.log.last
+	}
+	c.progressOf(3).match = 1 // it needs the most
+	if got := c.bestSuccessor(); got != 3 {
+		t.Errorf("the best successor is member %d, want 3", got)
+	}
+	for _, to := range []memberID{2, 4} {
+		var e *TransferError
+		if err := c.transferLeadership(to); !errors.As(err, &e) || e.Reason != TransferNotVoter {
+			t.Errorf("a transfer to member %d: %v", to, err)
+		}
+	}
+	c.progressOf(3).full = true
+	if got := c.bestSuccessor(); got != 0 {
+		t.Errorf("the best successor is member %d, want none", got)
+	}
+}
+
 // A node that waits to be added hears heartbeats before it has any entry: its
 // election timer must still come to rest.
 func TestJoiningNodeTicksAtItsDeadline(t *testing.T) {
@@ -407,6 +429,14 @@ func confOf(joint bool, members string) configuration {
 		}
 	}
 	return conf
+}
+
+// reconfigured gives a leader a configuration that is not committed: otherwise
+// the one that follows a joint one would be appended.
+func reconfigured(c *core, conf configuration) *core {
+	c.configs[0], c.configuration = configEntry{99, conf}, conf
+	c.trackMembers(c.log.last + 1)
+	return c
 }
 
 func confEntry(at EntryID, conf configuration) Entries {
@@ -659,6 +689,23 @@ func TestScenario_RemovedNodeWithInflatedTerm(t *testing.T) {
 		h.CrashPeer(gone)
 		h.settled(t, "after")
 	}, WithConfig(func(_ int, c *Config) { c.DisablePreVote = true }))
+}
+
+// A candidate believes a member that it was removed, nobody else, and only of
+// itself: its directory may have been another member before.
+func TestRemovedIsToldByMembers(t *testing.T) {
+	for _, v := range []struct {
+		from, asked memberID
+		removed     bool
+	}{{99, 1, false}, {2, 9, false}, {2, 1, true}} {
+		c := testCore(t, 1, 3)
+		asked := *votesAsked(campaignNow(t, c))[0]
+		asked.Candidate = v.asked
+		c.onVoteReply(v.from, &asked, &voteReply{Term: c.currentTerm, Removed: true})
+		if c.removed != v.removed || (c.campaign == nil) != v.removed {
+			t.Errorf("member %d says that %d was removed: it believes to be: %v, its campaign is %+v", v.from, v.asked, c.removed, c.campaign)
+		}
+	}
 }
 
 // A node joins with nothing but an address of its own, over TCP; later it moves

@@ -70,6 +70,7 @@ func TestReadIsConfirmed(t *testing.T) {
 	if got := confirm(c, 2, sent[0]); len(got) != 0 {
 		t.Fatal("one member was counted twice")
 	}
+	confirm(c, 2, old[0]) // answers on two connections: the older one is late, and takes nothing back
 	got := confirm(c, 3, sent[1])
 	if len(got) != 1 || !got[0].ok || got[0].index != c.commitIndex || got[0].token != "r" {
 		t.Fatalf("answers are %+v, want index %d", got, c.commitIndex)

@@ -123,6 +123,7 @@ func TestScenario_TimerReset(t *testing.T) {
 	}{
 		"vote granted":           {func(c *core) { c.onVoteRequest(&voteArgs{Term: 3, Candidate: 2, Last: EntryID{3, 1}}, "token") }, true},
 		"same vote again":        {func(c *core) { c.onVoteRequest(&voteArgs{Term: 2, Candidate: 3, Last: EntryID{3, 1}}, "token") }, true},
+		"own disk, slow":         {func(c *core) { c.persisted(1, c.limits.heartbeatInterval+1) }, true},
 		"append":                 {func(c *core) { c.onAppendRequest(appendFrom(2, EntryID{3, 1}, 0, 2), "token") }, true},
 		"append refused for log": {func(c *core) { c.onAppendRequest(appendFrom(2, EntryID{9, 2}, 0), "token") }, true},
 		"heartbeat":              {func(c *core) { c.onAppendRequest(&appendArgs{Term: 2, Leader: 2, Heartbeat: true}, "token") }, true},
@@ -207,6 +208,26 @@ func TestScenario_LeaderInContactIsProtected(t *testing.T) {
 	}
 	if r := answerVote(t, follower, &voteArgs{Term: 5, Candidate: 3, Last: EntryID{9, 4}, Transfer: true}); !r.Granted {
 		t.Error("refused an election that the leader asked for")
+	}
+}
+
+// A server that is no member deposes no leader, whatever it asks for, also where
+// check-quorum is off. There a member does, by its term.
+func TestScenario_StrangerDeposesNobody(t *testing.T) {
+	for _, checkQuorum := range []bool{true, false} {
+		c := testCore(t, 1, 3)
+		c.limits.checkQuorum = checkQuorum
+		elect(t, c)
+		for _, ask := range []voteArgs{{}, {PreVote: true}, {Transfer: true}} {
+			ask.Term, ask.Candidate, ask.Last = 5, 99, EntryID{9, 4}
+			if r := answerVote(t, c, &ask); r.Granted || c.role != Leader || c.currentTerm != 1 {
+				t.Errorf("check-quorum %v: %+v is answered %+v by a %v of term %d", checkQuorum, ask, r, c.role, c.currentTerm)
+			}
+		}
+		r := answerVote(t, c, &voteArgs{Term: 5, Candidate: 3, Last: EntryID{9, 4}})
+		if r.Granted == checkQuorum || (c.role == Leader) != checkQuorum {
+			t.Errorf("check-quorum %v: a member is answered %+v by a %v", checkQuorum, r, c.role)
+		}
 	}
 }
 
