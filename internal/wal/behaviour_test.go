@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"strings"
+	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -416,4 +417,128 @@ func TestReleaseDuringRoll(t *testing.T) {
 	if rolls < 3 {
 		t.Fatalf("only %d rolls", rolls)
 	}
+}
+
+// checkState fills and releases segments until those before are gone. The latest
+// carried record is "new", also when power is cut in between.
+func checkState(t *testing.T, l *Log, o Options) {
+	t.Helper()
+	oldest := l.cur.header.number
+	o.FS.(*vfs.Mem).SetHook(func(op vfs.Op) error {
+		if got := stateIn(t, o); got != "new" {
+			t.Fatalf("before %+v the carried record is %q", op, got)
+		}
+		return nil
+	})
+	for n := range 10 {
+		last := l.Append(numbered(n, 1000))
+		if err := l.Flush(); err != nil {
+			t.Fatal(err)
+		}
+		l.Release(last)
+		if err := l.Prepare(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := l.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if l.segs[0].header.number <= oldest {
+		t.Fatalf("segment %d is still there", oldest)
+	}
+	if got := stateIn(t, o); got != "new" {
+		t.Fatalf("the carried record is %q", got)
+	}
+}
+
+func stateIn(t *testing.T, o Options) (state string) {
+	t.Helper()
+	o.FS = o.FS.(*vfs.Mem).CrashClone(none)
+	l, k := mustOpen(t, o)
+	if err := l.Close(); err != nil {
+		t.Fatal(err)
+	}
+	for _, r := range k.recs {
+		if r.Kind == kindState {
+			state = string(r.Data)
+		}
+	}
+	return state
+}
+
+// TestCarryThroughEmptySegment: power was cut before the first batch of a
+// segment. The next batch is too large for it, so it is left with what is
+// carried: it may be the oldest one some day.
+func TestCarryThroughEmptySegment(t *testing.T) {
+	fs := newMem(1)
+	o := testOptions(fs, 1)
+	l, _ := mustOpen(t, o)
+	l.Append(Record{Kind: kindState, Data: []byte("new")})
+	if err := l.Flush(); err != nil {
+		t.Fatal(err)
+	}
+	var cut *vfs.Mem
+	fs.SetHook(func(op vfs.Op) error {
+		if op.Kind == vfs.OpWrite && op.Offset == blockSize {
+			cut = fs.CrashClone(none)
+		}
+		return nil
+	})
+	for n := 0; cut == nil; n++ {
+		l.Append(numbered(n, 1000))
+		if err := l.Flush(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	o.FS = cut
+	l, _ = mustOpen(t, o)
+	if l.cur.off != blockSize || l.cur.header.number != 2 {
+		t.Fatalf("the log goes on at offset %d of segment %d", l.cur.off, l.cur.header.number)
+	}
+	const large = 8 * blockSize
+	if err := l.Claim(large + 1000); err != nil {
+		t.Fatal(err)
+	}
+	l.Append(numbered(0, large))
+	if err := l.Flush(); err != nil {
+		t.Fatal(err)
+	}
+	if len(l.segs) != 3 || l.segs[1].header.number != 2 {
+		t.Fatalf("%d segments", len(l.segs))
+	}
+	checkState(t, l, o)
+}
+
+// TestCarryAfterDiskFull: a batch that found no space is written together with
+// what came meanwhile, and what of that is carried is carried.
+func TestCarryAfterDiskFull(t *testing.T) {
+	fs := newMem(1)
+	o := testOptions(fs, 1)
+	o.ReserveBytes = -1
+	l, _ := mustOpen(t, o)
+	l.Append(Record{Kind: kindState, Data: []byte("old")})
+	full := false
+	fs.SetHook(func(op vfs.Op) error {
+		if op.Kind != vfs.OpCreate {
+			return nil
+		}
+		if !full {
+			l.Append(Record{Kind: kindState, Data: []byte("new")})
+		}
+		full = true
+		return syscall.ENOSPC
+	})
+	err := l.Flush()
+	for n := 0; err == nil; n++ {
+		l.Append(numbered(n, 1000))
+		err = l.Flush()
+	}
+	if !errors.Is(err, ErrDiskFull) || errors.Is(err, ErrFailed) {
+		t.Fatal(err)
+	}
+	fs.SetHook(nil)
+	if err := errors.Join(l.Prepare(), l.Flush()); err != nil {
+		t.Fatal(err)
+	}
+	checkState(t, l, o)
 }

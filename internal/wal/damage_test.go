@@ -423,3 +423,25 @@ func TestChain(t *testing.T) {
 		}
 	}
 }
+
+// TestFinalSealDamaged: without its final seal a segment seems to be the log's
+// end. The batch in the one after it proves the damage, also if no third one does.
+func TestFinalSealDamaged(t *testing.T) {
+	fs := newMem(1)
+	o := testOptions(fs, 1)
+	l, _ := mustOpen(t, o)
+	for n := 0; len(l.segs) < 2; n++ {
+		l.Append(numbered(n, 1000))
+		if err := l.Flush(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	name, seal := l.path(l.segs[0].name), l.segs[0].off-blockSize
+	if err := errors.Join(l.Close(), fs.ZeroSector(name, seal)); err != nil {
+		t.Fatal(err)
+	}
+	var corrupt *CorruptError
+	if _, err := Open(t.Context(), o, (&kept{}).replay); !errors.As(err, &corrupt) || corrupt.File != name || corrupt.Offset != seal {
+		t.Fatalf("%v, want damage of %s at %d", err, name, seal)
+	}
+}

@@ -87,6 +87,7 @@ func (l *Log) roll(space int64) error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	seg.start = l.writing.start
+	old.used = old.used || old.off > blockSize // leave may have written its first batch
 	if replace {
 		l.segs[len(l.segs)-1] = seg
 		_ = old.file.Close() // without a name now, and never written

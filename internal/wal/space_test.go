@@ -447,3 +447,30 @@ func TestNoSpaceAnywhere(t *testing.T) {
 	}
 	t.Logf("%d operations failed and the log went on, %d ended it", soft, hard)
 }
+
+// A sync of the directory that finds no space is final: nobody knows what the
+// directory holds, and the next sync may succeed without having written it.
+func TestDirectorySyncFull(t *testing.T) {
+	fs := newMem(1)
+	l, _ := mustOpen(t, testOptions(fs, 1))
+	failed := false
+	fs.SetHook(func(op vfs.Op) error {
+		if op.Kind == vfs.OpSyncDir && !failed {
+			failed = true
+			return syscall.ENOSPC
+		}
+		return nil
+	})
+	for n := 0; !failed; n++ {
+		l.Append(numbered(n, 1000))
+		_ = l.Flush() // it fails when a segment is to be named
+	}
+	for range 2 {
+		if err := l.Flush(); !errors.Is(err, ErrFailed) || errors.Is(err, ErrDiskFull) || !errors.Is(err, syscall.ENOSPC) {
+			t.Fatalf("Flush: %v", err)
+		}
+	}
+	if err := l.Close(); !errors.Is(err, ErrFailed) {
+		t.Fatalf("Close: %v", err)
+	}
+}
