@@ -272,3 +272,95 @@ func TestLostLog(t *testing.T) {
 		}
 	}
 }
+
+// longLog makes a directory whose log has entries 1 to 30 in several segments.
+func longLog(t *testing.T, mem *vfs.Mem) (d *diskStorage, save func(Save)) {
+	t.Helper()
+	d = memoryDir(mem)
+	mustOpen2(t, d)
+	lsn := LSN(0)
+	save = func(s Save) {
+		lsn++
+		s.LSN = lsn
+		d.Append(s)
+		if _, err := d.Flush(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for i := Index(1); i <= 30; i++ {
+		save(Save{Entries: []Entries{run(i, 1, 1, 10_000)}})
+	}
+	return d, save
+}
+
+// What is said once, boots and the directory's history, survives the release of
+// the segments in which it was said.
+func TestCarriedRecords(t *testing.T) {
+	mem := vfs.NewMem(rand.New(rand.NewPCG(1, 1)))
+	d, save := longLog(t, mem)
+	history, err := encodeHistory([]HistoryRecord{{What: HistoryRecovery, Node: "n"}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	d.log.Append(wal.Record{Kind: recordHistory, Data: history})
+	save(Save{HardState: &HardState{Term: 3, VotedFor: 2}})
+	for i := Index(31); i <= 60; i++ {
+		save(Save{Entries: []Entries{run(i, 1, 1, 10_000)}})
+	}
+	save(Save{Start: &EntryID{59, 1}})
+	if err := errors.Join(d.log.Prepare(), d.Close()); err != nil {
+		t.Fatal(err)
+	}
+	for _, n := range []int{1, 4, 6} {
+		if isThere(mem, fmt.Sprintf("node/wal/%016x.wal", n)) {
+			t.Fatalf("segment %d is still there", n)
+		}
+	}
+	rec := mustOpen2(t, memoryDir(mem))
+	if rec.Boot != 2 || len(rec.History) != 1 || rec.HardState != (HardState{Term: 3, VotedFor: 2}) {
+		t.Errorf("recovered boot %d, history %v, %+v", rec.Boot, rec.History, rec.HardState)
+	}
+}
+
+// Segments are released only when it is durable where the log starts: while that
+// is being written, power is cut.
+func TestReleaseAfterFlush(t *testing.T) {
+	mem := vfs.NewMem(rand.New(rand.NewPCG(1, 1)))
+	d, save := longLog(t, mem)
+	cuts := 0
+	mem.SetHook(func(op vfs.Op) error {
+		if cuts++; cuts > 1 || op.Kind != vfs.OpWrite {
+			return nil
+		}
+		if err := d.log.Prepare(); err != nil { // as its goroutine may do at any time
+			t.Error(err)
+		}
+		cut := memoryDir(mem.CrashClone(func(int) int { return 0 }))
+		if rec := mustOpen2(t, cut); rec.Last != 30 || rec.Start.Index != 0 {
+			t.Errorf("recovered %v to %d", rec.Start, rec.Last)
+		}
+		return nil
+	})
+	save(Save{Start: &EntryID{25, 1}})
+	mem.SetHook(nil)
+	if err := errors.Join(d.log.Prepare(), d.Close()); err != nil {
+		t.Fatal(err)
+	}
+	if cuts == 0 || isThere(mem, fmt.Sprintf("node/wal/%016x.wal", 1)) {
+		t.Errorf("%d cuts, or the first segment is still there", cuts)
+	}
+}
+
+// Old segments that are gone though nothing says that the log starts later are
+// damage.
+func TestOldestSegmentMissing(t *testing.T) {
+	mem := vfs.NewMem(rand.New(rand.NewPCG(1, 1)))
+	d, _ := longLog(t, mem)
+	if err := errors.Join(d.Close(), mem.Remove(fmt.Sprintf("node/wal/%016x.wal", 1))); err != nil {
+		t.Fatal(err)
+	}
+	var corrupt *CorruptError
+	if _, err := memoryDir(mem).Open(t.Context(), Identity{"c", "n"}); !errors.As(err, &corrupt) || !strings.Contains(corrupt.Found, "without a record of where it starts") {
+		t.Fatal(err)
+	}
+}
