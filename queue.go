@@ -55,6 +55,7 @@ func (p *Proposal) finish(err error) {
 // them at once. It has a lock of its own so that proposers do not wait for the core.
 type proposalQueue struct {
 	mu        sync.Mutex
+	front     proposalBatch // was put back: goes before batch
 	batch     proposalBatch
 	waiting   list.List // of waitingProposal: callers that wait for room, in the order in which they came
 	maxBytes  int
@@ -104,7 +105,19 @@ func (q *proposalQueue) add(kind entryKind, head, cmd []byte, p *Proposal, waits
 
 // fits tells whether there is room: an empty queue has room for anything. mu is held.
 func (q *proposalQueue) fits(w waitingProposal) bool {
-	return len(q.batch.proposals) == 0 || len(q.batch.entries.buf)+len(w.head)+len(w.cmd) <= q.maxBytes
+	n := q.size()
+	return n == 0 || n+len(w.head)+len(w.cmd) <= q.maxBytes
+}
+
+// size returns how many bytes are queued, encoded. mu is held.
+func (q *proposalQueue) size() int { return len(q.front.entries.buf) + len(q.batch.entries.buf) }
+
+// oldest returns what is taken next. mu is held.
+func (q *proposalQueue) oldest() *proposalBatch {
+	if len(q.front.proposals) > 0 {
+		return &q.front
+	}
+	return &q.batch
 }
 
 // admit gives room to those that wait for it, in turn. mu is held.
@@ -145,28 +158,30 @@ func (q *proposalQueue) put(w waitingProposal) {
 	}
 	b.entries.add(w.kind, head, cmd)
 	b.proposals = append(b.proposals, w.p)
-	q.bytes.Store(int64(len(b.entries.buf)))
+	q.bytes.Store(int64(q.size()))
 }
 
 // next returns the size of the oldest proposal, encoded, 0 if there is none.
 func (q *proposalQueue) next() int {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	if len(q.batch.proposals) == 0 {
+	b := q.oldest()
+	if len(b.proposals) == 0 {
 		return 0
 	}
-	return q.batch.entries.end(0)
+	return b.entries.end(0)
 }
 
 // take removes what is queued and was not abandoned: the oldest proposals, up to
-// maxBytes encoded but at least one.
+// maxBytes encoded but at least one. What was put back is taken alone.
 func (q *proposalQueue) take(maxBytes int) proposalBatch {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	b, rest := q.batch.split(maxBytes)
+	from := q.oldest()
+	b, rest := from.split(maxBytes)
 	q.lastBytes = min(len(b.entries.buf), 1<<20)
-	q.batch = rest
-	q.bytes.Store(int64(len(rest.entries.buf)))
+	*from = rest
+	q.bytes.Store(int64(q.size()))
 	q.admit()
 	return b.taken()
 }
@@ -230,7 +245,8 @@ func (b proposalBatch) finish(err error) {
 	}
 }
 
-// putBack returns a batch that certainly was appended nowhere to the front.
+// putBack returns a batch that certainly was appended nowhere to the front. It
+// costs what was put back, however much is queued behind that.
 func (q *proposalQueue) putBack(b proposalBatch) error {
 	q.mu.Lock()
 	defer q.mu.Unlock()
@@ -240,15 +256,15 @@ func (q *proposalQueue) putBack(b proposalBatch) error {
 	for _, p := range b.proposals {
 		p.state.Store(proposalQueued)
 	}
-	behind := q.batch
+	behind := q.front
 	shift := uint32(len(b.entries.buf))
 	b.entries.buf = append(b.entries.buf, behind.entries.buf...)
 	for _, off := range behind.entries.offs {
 		b.entries.offs = append(b.entries.offs, off+shift)
 	}
 	b.proposals = append(b.proposals, behind.proposals...)
-	q.batch = b
-	q.bytes.Store(int64(len(b.entries.buf)))
+	q.front = b
+	q.bytes.Store(int64(q.size()))
 	return nil
 }
 
@@ -257,13 +273,13 @@ func (q *proposalQueue) close(err error) (rejected []*Proposal) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	q.closed = err
-	rejected = q.batch.taken().proposals
+	rejected = append(q.front.taken().proposals, q.batch.taken().proposals...)
 	for first := q.waiting.Front(); first != nil; first = q.waiting.Front() {
 		p := first.Value.(waitingProposal).p
 		q.leave(p)
 		rejected = append(rejected, p)
 	}
-	q.batch = proposalBatch{}
+	q.front, q.batch = proposalBatch{}, proposalBatch{}
 	q.bytes.Store(0)
 	return rejected
 }

@@ -61,7 +61,7 @@ func TestQueueTakesInOrder(t *testing.T) {
 	if !ps[2].abandon() || !ps[7].abandon() {
 		t.Fatal("a queued proposal can't be abandoned")
 	}
-	got := commandsOf(q.take(1 << 20))
+	got := append(commandsOf(q.take(1<<20)), commandsOf(q.take(1<<20))...)
 	if want := append(append(append([]string{want[1]}, want[3:7]...), want[8:]...), "late"); fmt.Sprint(got) != fmt.Sprint(want) {
 		t.Errorf("took %v, want %v", got, want)
 	}
@@ -70,6 +70,55 @@ func TestQueueTakesInOrder(t *testing.T) {
 	}
 	if q.bytes.Load() != 0 {
 		t.Errorf("%d bytes are left", q.bytes.Load())
+	}
+}
+
+// Putting a batch back costs nothing for what is queued behind it, and twice in
+// a row, or in two parts, the order is kept.
+func TestQueuePutBack(t *testing.T) {
+	q := proposalQueue{maxBytes: 1000}
+	for _, cmd := range []string{"a", "b", "c"} {
+		newQueued(&q, cmd)
+	}
+	one := entryHeaderBytes + 1
+	first := q.take(2 * one)
+	newQueued(&q, "d")
+	behind := &q.batch.entries.buf[0]
+	back := func(b proposalBatch) {
+		t.Helper()
+		want := q.size() + len(b.entries.buf)
+		if err := q.putBack(b); err != nil {
+			t.Fatal(err)
+		}
+		if got := q.bytes.Load(); got != int64(want) || q.size() != want || q.next() != one {
+			t.Errorf("%d bytes are queued, the first has %d; want %d and %d", got, q.next(), want, one)
+		}
+	}
+	back(first)
+	if &q.batch.entries.buf[0] != behind {
+		t.Error("what is queued behind was copied")
+	}
+	if p := newQueued(&q, string(bytes.Repeat([]byte{'x'}, 1000-4*one))); p.err != nil {
+		t.Errorf("there is room: %v", p.err)
+	}
+	if p := newQueued(&q, "x"); !errors.Is(p.err, ErrOverloaded) {
+		t.Errorf("there is no room for more: %v", p.err)
+	}
+	a, b := q.take(one), q.take(one)
+	back(b)
+	back(a)
+	var got []string
+	for q.bytes.Load() > 0 {
+		got = append(got, commandsOf(q.take(2*one))...)
+	}
+	if fmt.Sprint(got[:4]) != "[a b c d]" || len(got) != 5 {
+		t.Errorf("took %.40q", got)
+	}
+	newQueued(&q, "e")
+	newQueued(&q, "f")
+	back(q.take(one))
+	if rejected := q.close(ErrStopped); len(rejected) != 2 {
+		t.Errorf("close rejects %d proposals, want 2", len(rejected))
 	}
 }
 
