@@ -244,7 +244,7 @@ func (r DirectoryReport) String() string {
 		if r.First > r.Last.Index {
 			entries = "none after entry"
 		}
-		line("log", "%s %v, of %s; up to %d it is known to be committed", entries, r.Last, r.LastTime.UTC().Format(time.RFC3339), r.Committed)
+		line("log", "%s %v, of %s; up to %d it is known to be committed, and of what follows a directory does not say", entries, r.Last, r.LastTime.UTC().Format(time.RFC3339), r.Committed)
 		for _, m := range r.Members {
 			line("member", "%s", m)
 		}

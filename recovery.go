@@ -458,7 +458,8 @@ func (p *RecoveryPlan) record(o *RecoverOptions, worse, stranger bool) {
 		risk("entries up to %v, which node %q has (%s), are given up", s.Directories[0].Last, s.Directories[0].ID, s.Directories[0].Dir)
 	}
 	if known := min(s.Committed, r.Last.Index); known < r.Last.Index {
-		risk("entries %d to %d were not known to be committed, and are from now on, also those whose proposers were told that they were not", known+1, r.Last.Index)
+		risk("entries %d to %d are kept, and count as committed from now on; whether they were, the directories do not say, because a node does not write down how far its log is committed: this is no sign that anything is lost; of those that were not, a command takes effect though its proposer may have been told that it did not",
+			known+1, r.Last.Index)
 	}
 	if s.Quorum {
 		risk("a quorum survives: if its other nodes start again, they are a second cluster")

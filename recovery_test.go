@@ -199,7 +199,7 @@ func TestRecoverSaysWhatIsLost(t *testing.T) {
 	a, b := reportOf("a", EntryID{9, 2}, "a b c d"), reportOf("b", EntryID{8, 2}, "a b c d")
 	b.Committed, b.Term = 6, 3*termStep+5 // it voted in a term that came to nothing
 	plan, err := planRecovery(a, &RecoverOptions{Lost: []NodeID{"c", "d"}, Others: []DirectoryReport{b}})
-	if err != nil || plan.Survey.MayBeLost || len(plan.Record.Risks) != 1 || !strings.Contains(plan.String(), "every entry that was acknowledged is in it") || !strings.Contains(plan.String(), "entries 7 to 9 were not known to be committed") {
+	if err != nil || plan.Survey.MayBeLost || len(plan.Record.Risks) != 1 || !strings.Contains(plan.String(), "every entry that was acknowledged is in it") || !strings.Contains(plan.String(), "entries 7 to 9 are kept, and count as committed from now on; whether they were, the directories do not say") {
 		t.Errorf("%v, %v", plan, err)
 	}
 	if plan.Record.Next != (EntryID{10, 5 * termStep}) || plan.Record.Kept != a.Last {
@@ -210,7 +210,7 @@ func TestRecoverSaysWhatIsLost(t *testing.T) {
 		t.Errorf("%v, %v", plan, err)
 	}
 	a.Committed = 9
-	if plan, err = planRecovery(a, &RecoverOptions{Lost: []NodeID{"b", "c", "d"}}); err != nil || strings.Contains(plan.String(), "not known to be committed") {
+	if plan, err = planRecovery(a, &RecoverOptions{Lost: []NodeID{"b", "c", "d"}}); err != nil || strings.Contains(plan.String(), "count as committed") {
 		t.Errorf("%v, %v", plan, err)
 	}
 }
@@ -484,7 +484,7 @@ func TestInspect(t *testing.T) {
 		if mem.OpenFiles() != 0 {
 			t.Errorf("%d files are open", mem.OpenFiles())
 		}
-		for _, text := range []string{`"n" of cluster "c"`, "voted for o", "m at m:1, voter", "snapshot", "known to be committed"} {
+		for _, text := range []string{`"n" of cluster "c"`, "voted for o", "m at m:1, voter", "snapshot", "known to be committed, and of what follows a directory does not say"} {
 			if !strings.Contains(r.String(), text) {
 				t.Errorf("no %q in\n%s", text, r)
 			}
