@@ -4,8 +4,10 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"math"
 	"runtime"
 	"testing"
+	"testing/synctest"
 	"time"
 )
 
@@ -209,4 +211,48 @@ func TestQueueTakenPinsNothing(t *testing.T) {
 	if taken != count {
 		t.Errorf("%d commands were taken, %d queued", taken, count)
 	}
+}
+
+// Clients that are woken together share one batch, although whoever runs first
+// finds a leader that would take its proposal at once. With one processor the
+// order in which they run is the scheduler's, so a few rounds may differ.
+func TestClientsWokenTogetherShareABatch(t *testing.T) {
+	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(1))
+	virtual(t, 3, func(t *testing.T, h *Harness) {
+		const rounds, clients = 20, 8
+		leader, _ := h.CheckSingleLeader()
+		s := h.Server(leader)
+		shared := 0
+		for range rounds {
+			synctest.Wait() // the disk is idle
+			start := make(chan struct{})
+			results := make(chan Result, clients)
+			for i := range clients {
+				go func() {
+					<-start
+					r, err := s.Propose(t.Context(), cmd(i))
+					if err != nil {
+						t.Error(err)
+					}
+					results <- r
+				}()
+			}
+			synctest.Wait()
+			close(start)
+			first := Index(math.MaxUint64)
+			for range clients {
+				first = min(first, (<-results).Index)
+			}
+			s.cm.mu.Lock()
+			for _, run := range s.cm.core.log.tail {
+				if run.First() == first && run.Len() > 1 {
+					shared++
+				}
+			}
+			s.cm.mu.Unlock()
+		}
+		if shared < rounds/2 {
+			t.Errorf("in %d of %d rounds the first batch had more than one proposal, want at least half", shared, rounds)
+		}
+	})
 }

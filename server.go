@@ -10,6 +10,7 @@ import (
 	"io"
 	"iter"
 	"net"
+	"runtime"
 	"slices"
 	"sync"
 	"time"
@@ -281,6 +282,11 @@ func (s *Server) submit(kind entryKind, head, cmd []byte, id *RequestID, waits b
 	if err := s.cm.queue.add(kind, head, cmd, p, waits); err != nil {
 		p.finish(err)
 		return p
+	}
+	if s.cm.queueReady() {
+		// Whoever was woken together proposes together: let the others add
+		// theirs first, so that all share one write and one frame.
+		runtime.Gosched()
 	}
 	s.cm.tryStep()
 	return p
