@@ -313,12 +313,17 @@ func (e *MembershipError) Error() string {
 type LaggingError struct {
 	Node        NodeID
 	Match, Last Index // the newest entry that it has, as far as the leader knows, and the leader's
+	Unreached   error // why the leader could not connect to it when it last tried; nil if it could
 	Err         error // why the wait ended
 }
 
 func (e *LaggingError) Error() string {
-	return fmt.Sprintf("raft: node %q has not caught up: it has entry %d of %d, and becomes a voter when it has all; wait for it, check that it runs and that its address leads to it, or take the change back with Remove: %v",
-		e.Node, e.Match, e.Last, e.Err)
+	unreached := ""
+	if e.Unreached != nil {
+		unreached = fmt.Sprintf(" (when the leader last tried to connect to it: %v)", e.Unreached)
+	}
+	return fmt.Sprintf("raft: node %q has not caught up: it has entry %d of %d, and becomes a voter when it has all%s; wait for it, check that it runs and that its address leads to it, or take the change back with Remove: %v",
+		e.Node, e.Match, e.Last, unreached, e.Err)
 }
 
 // Unwrap returns why the wait ended.

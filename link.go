@@ -24,6 +24,7 @@ type link struct {
 	running bool     // a goroutine owns the link
 	conn    net.Conn // the owner's, for hangup
 	hungUp  bool     // conn was closed by hangup: what is queued after that is not for it
+	failure error    // why the last attempt to connect failed; nil after one that succeeded
 
 	deposed atomic.Bool // another server leads than this peer
 	wakeup  chan struct{}
@@ -232,6 +233,7 @@ func (o *linkOwner) connect(urgent bool) bool {
 		return false
 	}
 	conn, client, directory, err := s.dial(o.to, o.channel)
+	o.link.connected(err)
 	if err != nil {
 		o.retryAt = time.Now().Add(min(s.conf.HeartbeatInterval/2, s.conf.ElectionTimeout/4))
 		return false
@@ -330,6 +332,33 @@ func (l *link) setConn(c net.Conn) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.conn, l.hungUp = c, false
+}
+
+// connected takes note of an attempt to connect.
+func (l *link) connected(err error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.failure = err
+}
+
+// unreached returns why the last attempt to connect to a member failed, nil if it
+// did not. The module's lock is held.
+func (s *Server) unreached(id NodeID) error {
+	m := s.cm.core.configuration.byName(id)
+	if m == nil {
+		return nil
+	}
+	for _, ch := range []channel{channelAppend, channelControl} {
+		if l := s.links[linkKey{m.id, ch}]; l != nil {
+			l.mu.Lock()
+			err := l.failure
+			l.mu.Unlock()
+			if err != nil {
+				return err
+			}
+		}
+	}
+	return nil
 }
 
 func (l *link) wasHungUp() bool {

@@ -2,6 +2,7 @@ package raft
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net"
 	"slices"
@@ -13,7 +14,8 @@ import (
 // which nothing was changed (but see MembershipReplaced), ErrSuperseded,
 // ErrStopped, or matches ErrOutcomeUnknown: then Status shows what became of
 // it, and a later leader may finish it. While the node has not caught up,
-// that error is also a *LaggingError; Remove takes the change back.
+// that error is also a *LaggingError, which says why it can't be reached; Remove
+// takes the change back.
 func (s *Server) AddVoter(ctx context.Context, m Member) error {
 	m.Learner = false
 	return s.changeMembers(ctx, func(list []Member) ([]Member, error) {
@@ -114,8 +116,13 @@ func (s *Server) changeMembers(ctx context.Context, edit func([]Member) ([]Membe
 	})
 	if err != nil && !known {
 		cm.mu.Lock()
-		err = outcomeUnknown(cm.core.unfinished(err))
+		err = cm.core.unfinished(err)
+		var lagging *LaggingError
+		if errors.As(err, &lagging) {
+			lagging.Unreached = s.unreached(lagging.Node)
+		}
 		cm.unlock()
+		err = outcomeUnknown(err)
 	}
 	return err
 }

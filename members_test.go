@@ -274,6 +274,9 @@ func TestLaggingLearnerIsNotPromoted(t *testing.T) {
 			!errors.Is(err, ErrOutcomeUnknown) || !errors.Is(err, context.DeadlineExceeded) {
 			t.Fatalf("adding a node that does not answer: %v", err)
 		}
+		if lagging.Unreached == nil || !strings.Contains(err.Error(), lagging.Unreached.Error()) {
+			t.Errorf("it does not say why: %v", err)
+		}
 		if got := voters(s); len(got) != 3 {
 			t.Errorf("voters are %v while the new one has nothing", got)
 		}
@@ -790,4 +793,32 @@ func askLeader(t *testing.T, ctx context.Context, servers []*Server, do func(s *
 		<-pause.Done()
 		done()
 	}
+}
+
+// Whoever adds a node that can't be added is told why: nobody is at its address,
+// or it belongs to another cluster.
+func TestAddedNodeIsNotReached(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := NewHarness(t, 1)
+		defer h.Shutdown()
+		leader, _ := h.CheckSingleLeader()
+		s := h.Server(leader)
+		add := func(addr string) *LaggingError {
+			var lagging *LaggingError
+			if err := s.AddVoter(within(t, time.Second), Member{ID: "new", Addr: addr}); !errors.As(err, &lagging) {
+				t.Fatalf("adding a node at %s: %v", addr, err)
+			}
+			if err := s.Remove(t.Context(), "new"); err != nil {
+				t.Fatal(err)
+			}
+			return lagging
+		}
+		if err := add("nowhere:1"); err.Unreached == nil || !strings.Contains(err.Error(), err.Unreached.Error()) {
+			t.Errorf("nobody is there: %v", err)
+		}
+		var refused *HandshakeError
+		if err := add(harnessAddr(h.startNew())); !errors.As(err.Unreached, &refused) {
+			t.Errorf("a node with another ID: %v", err)
+		}
+	})
 }
