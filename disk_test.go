@@ -364,3 +364,29 @@ func TestOldestSegmentMissing(t *testing.T) {
 		t.Fatal(err)
 	}
 }
+
+// A snapshot that would replace the log, and is damaged or another one's under
+// its name, does not: the log stays.
+func TestLogStaysBesideBadSnapshot(t *testing.T) {
+	for what, spoil := range map[string]func(mem *vfs.Mem, name string) error{
+		"damaged": func(mem *vfs.Mem, name string) error { return mem.FlipBit(name, snapStateOffset(t, mem, name), 0) },
+		"renamed": func(mem *vfs.Mem, name string) error { return mem.Rename(name, "node/snap/x.snap") },
+	} {
+		mem := vfs.NewMem(rand.New(rand.NewPCG(1, 1)))
+		oldDirectory(t, mem, false) // its log begins after entry 4
+		d := memoryDir(mem)
+		meta := mustOpen2(t, d).Snapshots[0]
+		meta.ID, meta.Last = [16]byte{7}, EntryID{40, 5}
+		storeSnapshot(t, d, meta, "state")
+		if err := errors.Join(d.Close(), spoil(mem, "node/snap/"+snapshotName(&meta)+".snap")); err != nil {
+			t.Fatal(err)
+		}
+		d = memoryDir(mem)
+		if rec := mustOpen2(t, d); len(rec.Snapshots) != 1 || rec.replacement() != nil || rec.Last != 12 {
+			t.Errorf("%s: recovered to %d, with %d snapshots", what, rec.Last, len(rec.Snapshots))
+		}
+		if err := d.Close(); err != nil {
+			t.Error(err)
+		}
+	}
+}
