@@ -751,14 +751,7 @@ func TestRestoreDiskFailures(t *testing.T) {
 	for _, broken := range []error{errors.New("input/output error"), syscall.ENOSPC} {
 		for fail := 1; ; fail++ {
 			mem := vfs.NewMem(rand.New(rand.NewPCG(1, 1)))
-			n, failed := 0, vfs.Op{Size: -1}
-			mem.SetHook(func(op vfs.Op) error {
-				if n++; n == fail {
-					failed = op
-					return broken
-				}
-				return nil
-			})
+			failed := failOnce(mem, fail, broken)
 			_, err := memoryDir(mem).restoreBackup(t.Context(), bytes.NewReader(backup), restoreOptions(), time.Now())
 			mem.SetHook(nil)
 			if failed.Size < 0 {

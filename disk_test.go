@@ -195,20 +195,27 @@ func isThere(mem *vfs.Mem, name string) bool {
 	return !errors.Is(err, fs.ErrNotExist)
 }
 
+// failOnce makes the n-th operation from here on fail, and returns which that is;
+// its Size is -1 until it comes.
+func failOnce(mem *vfs.Mem, n int, err error) *vfs.Op {
+	failed := &vfs.Op{Size: -1}
+	mem.SetHook(func(op vfs.Op) error {
+		if n--; n != 0 {
+			return nil
+		}
+		*failed = op
+		return err
+	})
+	return failed
+}
+
 // Every operation of the first start fails once. The next start goes on, also
 // when the cache was dropped meanwhile.
 func TestFirstStartDiskFailures(t *testing.T) {
 	broken := errors.New("input/output error")
 	for fail := 1; ; fail++ {
 		mem := vfs.NewMem(rand.New(rand.NewPCG(1, 1)))
-		n, failed := 0, vfs.Op{Size: -1}
-		mem.SetHook(func(op vfs.Op) error {
-			if n++; n == fail {
-				failed = op
-				return broken
-			}
-			return nil
-		})
+		failed := failOnce(mem, fail, broken)
 		d := memoryDir(mem)
 		_, err := d.Open(t.Context(), Identity{"c", "n"})
 		mem.SetHook(nil)

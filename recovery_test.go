@@ -763,14 +763,7 @@ func TestRecoverDiskFailures(t *testing.T) {
 		for fail := 1; ; fail++ {
 			mem := vfs.NewMem(rand.New(rand.NewPCG(1, 1)))
 			oldDirectory(t, mem, false)
-			n, failed := 0, vfs.Op{Size: -1}
-			mem.SetHook(func(op vfs.Op) error {
-				if n++; n == fail {
-					failed = op
-					return broken
-				}
-				return nil
-			})
+			failed := failOnce(mem, fail, broken)
 			err := recoverOld(t, mem, false)
 			mem.SetHook(nil)
 			if failed.Size < 0 {
