@@ -173,6 +173,7 @@ func (b *ledger) elected(s *sim, n *simNode) {
 		s.fail("1 nodes %d and %d both lead term %d", other, n.i, c.currentTerm)
 	}
 	b.leaders[c.currentTerm] = n.i
+	n.led = append(n.led, EntryID{c.firstOfTerm, c.currentTerm})
 	if !simQuorum(&c.configuration, func(m *member) bool { return m.id == c.self || b.votedFor(s, m, c.self, c.currentTerm) }) || !simMayStand(c.configs, c.self) {
 		s.fail("17 node %d leads term %d without the votes of a quorum of %s", n.i, c.currentTerm, simMemberList(&c.configuration))
 	}

@@ -33,7 +33,7 @@ type simNode struct {
 	crashIn    int           // boundaries left until the crash, 0 if none is armed
 	released   []message     // scratch
 	restarting bool
-	led        EntryID // no-op of the term it led when it crashed
+	led        []EntryID // no-ops of the terms it has led since it started
 	restartSeq LSN
 	suspect    bool   // bits of its disk have rotted
 	lost       string // why it never runs again in this run of the simulator
@@ -106,10 +106,12 @@ func (s *sim) boot(n *simNode) {
 			s.fail("node %d: %v", n.i, err)
 		}
 	}
-	if n.led.Term > rec.HardState.Term {
-		s.book.unsay(n.led.Index, n.led.Term)
+	for _, first := range n.led {
+		if first.Term > rec.HardState.Term {
+			s.book.unsay(first.Index, first.Term)
+		}
 	}
-	n.led = EntryID{}
+	n.led = nil
 	defer s.back(s.turn(turnBoot, n.i))
 	n.run++
 	n.box, n.wait = outbox{}, pending{maxKept: 4096}
@@ -520,13 +522,9 @@ func (s *sim) crash(n *simNode) {
 	}
 	s.load.settle(s, firstOf(n.wait.stop(outcomeUnknown(ErrStopped))))
 	s.load.nodeStopped(s, n)
-	term, first := n.core.currentTerm, n.core.firstOfTerm
 	n.core = nil
 	n.run++
 	n.crashDisk()
-	if leader, ok := s.book.leaders[term]; ok && leader == n.i {
-		n.led = EntryID{first, term}
-	}
 	s.book.diskChanged(s, n)
 	for i := range s.nodes {
 		own := s.link(n.i, i)
