@@ -139,7 +139,7 @@ func (a *applier) next() (Entries, bool) {
 		cm.leaveDisk()
 		if err != nil {
 			cm.step(func(c *core) {
-				c.applyEnds()
+				c.applyEnds(lo - 1)
 				if c.log.start.Index < lo { // otherwise a snapshot replaced it meanwhile
 					c.die(fmt.Errorf("raft: read entry %d to apply it: %w", lo, err))
 				}
@@ -248,7 +248,7 @@ func (a *applier) tell(run Entries, results outcomes) {
 	if cm.core.role != Dead { // otherwise die has told them
 		a.settled, a.woken = cm.pending.onApplied(run, results, a.settled[:0], a.woken[:0])
 		cm.sessions = len(a.sessions.byID)
-		cm.core.applyEnds()
+		cm.core.applyEnds(run.Last())
 		if len(a.read) > 0 {
 			cm.core.applyBegins(time.Now())
 		}

@@ -146,7 +146,7 @@ type Config struct {
 	MaxFrameBytes       int // of entries in one append, unless a single one is larger; default 1 MiB
 	MaxInflightAppends  int // unanswered appends to one follower; default 16
 	MaxInflightBytes    int // bytes in them; default 8 MiB
-	MaxLogMemoryBytes   int // of durable entries held in memory; default 8 MiB
+	MaxLogMemoryBytes   int // of entries held in memory; default 8 MiB. What is not applied, or not confirmed by a follower that keeps up, stays beyond that, up to MaxUncommittedBytes
 	MaxSegmentBytes     int // of one file of the log; default 64 MiB, at least 1 MiB
 
 	SnapshotEveryBytes        int // of commands applied since the last snapshot, until the next is taken; default 64 MiB; negative: never by bytes

@@ -26,6 +26,7 @@ type core struct {
 	role             Role
 	leader           memberID // of currentTerm, 0 if unknown
 	commitIndex      Index
+	lastApplied      Index         // as far as the state machine has told since the start
 	lastTime         time.Time     // of the newest entry ever in the log: stamps never decrease along it
 	name             NodeID        // of this server; its number is found by it
 	directory        [16]byte      // ID of its data directory
@@ -92,7 +93,7 @@ type limits struct {
 	maxFrameBytes      int // of entries in one append
 	maxInflight        int // appends to one follower
 	maxInflightBytes   int
-	maxTailBytes       int           // of entries in memory that are durable
+	maxTailBytes       int           // of entries in memory that nothing is about to use
 	maxUncommittedSize int           // bytes of entries a leader has appended and not committed
 	leasePromise       time.Duration // that a leader asks for; zero: none
 	lease              time.Duration // how much of it a leader counts on, since its clock may be slower than others'
@@ -170,7 +171,7 @@ func newCore(self memberID, l limits, rec Recovered, conf configuration, rng *ra
 	if n := len(rec.Tail); n > 0 {
 		c.sawTime(rec.Tail[n-1])
 	}
-	c.log.evict(l.maxTailBytes, c.durableIndex)
+	c.evict()
 	c.emit(Event{Kind: EventStarted})
 	if len(conf.members) > 0 {
 		c.armFirst()
@@ -304,12 +305,29 @@ func (c *core) persisted(lsn LSN, took time.Duration) {
 		n++
 	}
 	c.unsynced = append(c.unsynced[:0], c.unsynced[n:]...)
-	c.log.evict(c.limits.maxTailBytes, c.durableIndex)
+	c.evict()
 	if c.role == Leader {
 		c.advanceCommit()
 	} else if took > c.limits.heartbeatInterval {
 		c.armElection() // our disk was slow; that says nothing about the leader
 	}
+}
+
+// evict drops what the memory for the log has no room for. What is about to be
+// used stays for longer: entries that the state machine has not applied, or that
+// a follower which keeps up has not confirmed. Otherwise a batch larger than that
+// memory would be read back from disk right after it was written.
+func (c *core) evict() {
+	used := min(c.durableIndex, c.lastApplied)
+	if c.role == Leader {
+		for _, p := range c.progress {
+			if p.state == streaming {
+				used = min(used, p.match)
+			}
+		}
+	}
+	c.log.evict(c.limits.maxTailBytes, used)
+	c.log.evict(max(c.limits.maxTailBytes, c.limits.maxUncommittedSize), c.durableIndex)
 }
 
 // truncateLog removes entry from and all after it, also from what is known to

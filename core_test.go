@@ -288,11 +288,106 @@ func TestRefusalBehindLaterAcknowledgement(t *testing.T) {
 	}
 }
 
+// keeper is a leader of three servers, whose followers answer when told to.
+type keeper struct {
+	t *testing.T
+	*core
+	sent map[memberID]*appendArgs
+}
+
+const keeperEntry = 4000 // bytes
+
+func newKeeper(t *testing.T) *keeper {
+	k := &keeper{t, readLeader(t, 3, false), make(map[memberID]*appendArgs)}
+	k.limits.maxTailBytes, k.limits.maxUncommittedSize = 1, 10*keeperEntry+1
+	return k
+}
+
+func (k *keeper) persist() {
+	for _, m := range persist(k.t, k.core) {
+		if m.append != nil && !m.append.Heartbeat {
+			k.sent[m.to] = m.append
+		}
+	}
+}
+
+// grow appends two entries, so that the first is not the newest run.
+func (k *keeper) grow() (first Index) {
+	for range 2 {
+		var b entryBuilder
+		b.add(entryCommand, make([]byte, keeperEntry-entryHeaderBytes))
+		k.propose(&b)
+		k.persist()
+	}
+	return k.log.last - 1
+}
+
+func (k *keeper) confirmedBy(ids ...memberID) {
+	for _, id := range ids {
+		for k.progressOf(id).match < k.log.last {
+			ack(k.core, id, k.sent[id])
+			k.persist()
+		}
+	}
+}
+
+func (k *keeper) expect(when string, i Index, inMemory bool) {
+	k.t.Helper()
+	k.evict()
+	if got := k.log.firstInMemory() <= i; got != inMemory {
+		k.t.Fatalf("%s: memory begins at entry %d, the one in question is %d", when, k.log.firstInMemory(), i)
+	}
+}
+
+// What is durable and beyond MaxLogMemoryBytes stays in memory while it is about
+// to be used: until it is applied here, and confirmed by each follower that is
+// sent what is new.
+func TestMemoryKeepsWhatIsUsedNext(t *testing.T) {
+	k := newKeeper(t)
+	i := k.grow()
+	k.expect("nobody has confirmed it", i, true)
+	k.confirmedBy(2)
+	k.applyEnds(k.commitIndex)
+	k.expect("it is applied, and the slower follower has not confirmed it", i, true)
+	k.confirmedBy(3)
+	k.expect("everybody has it", i, false)
+
+	i = k.grow()
+	k.confirmedBy(2, 3)
+	k.expect("it is not applied", i, true)
+	k.applyEnds(k.commitIndex)
+	k.expect("it is applied and everybody has it", i, false)
+
+	i = k.grow()
+	k.confirmedBy(2)
+	k.applyEnds(k.commitIndex)
+	k.progressOf(3).resend(k.appendSeq)
+	k.expect("follower 3 does not answer", i, false)
+}
+
+// The log takes no more memory than may be uncommitted, by one run, however long
+// nobody applies or confirms anything. A leader whose disk is quick, and whose
+// followers' disks are not, takes no more than may be uncommitted either.
+func TestMemoryForTheLogIsBounded(t *testing.T) {
+	k := newKeeper(t)
+	i := k.grow()
+	for range 20 {
+		k.grow()
+	}
+	k.expect("more is waiting than may", i, false)
+	if held, bound := k.log.tailBytes, k.limits.maxUncommittedSize; held < bound || held >= bound+keeperEntry {
+		t.Errorf("%d bytes are held, the bound is %d", held, bound)
+	}
+	if k.hasRoom() {
+		t.Error("a leader that holds as much as may be uncommitted takes more")
+	}
+}
+
 // Entries that were read from disk for a leader of one term must not be sent
 // by it in a later one: another leader may have replaced them meanwhile.
 func TestReadOfAnEarlierTermIsDropped(t *testing.T) {
 	c := testCore(t, 1, 3)
-	c.limits.maxTailBytes = 1
+	c.limits.maxTailBytes, c.limits.maxUncommittedSize = 1, 1
 	elect(t, c)
 	for range 3 {
 		proposeOne(t, c, "old")

@@ -112,6 +112,11 @@ func (c *core) yield() {
 	}
 }
 
-// applyBegins and applyEnds tell since when the state machine has been at work.
+// applyBegins and applyEnds tell since when the state machine has been at work,
+// and up to where it has applied the log.
 func (c *core) applyBegins(now time.Time) { c.applyingSince = now }
-func (c *core) applyEnds()                { c.applyingSince = time.Time{} }
+func (c *core) applyEnds(last Index) {
+	c.applyingSince = time.Time{}
+	c.lastApplied = last
+	c.evict()
+}

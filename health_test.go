@@ -91,7 +91,7 @@ func TestStuckApplyDoesNotCampaign(t *testing.T) {
 		}
 		term = c.currentTerm
 	}
-	c.applyEnds()
+	c.applyEnds(c.commitIndex)
 	c.now = c.electionDeadline
 	if c.tick(); c.campaign == nil {
 		t.Error("it does not campaign although its state machine is back")

@@ -166,12 +166,12 @@ func (l *raftLog) replace(id EntryID) {
 // beginAfter makes the log, which begins after an entry of this index, know its term.
 func (l *raftLog) beginAfter(id EntryID) { l.start = id }
 
-// evict drops the oldest runs from memory while more than limit bytes are held,
-// but not the newest run, which tells the time of the last entry, and no entry
-// above durable: that one can't be read from disk yet.
-func (l *raftLog) evict(limit int, durable Index) {
-	n := 0
-	for bytes := l.tailBytes; bytes > limit && n < len(l.tail)-1 && l.tail[n].Last() <= durable; n++ {
+// evict drops the oldest runs from memory while at least limit bytes stay, but
+// not the newest run, which tells the time of the last entry, and no entry above
+// upTo: what is not durable can't be read from disk yet.
+func (l *raftLog) evict(limit int, upTo Index) {
+	n, bytes := 0, l.tailBytes
+	for ; n < len(l.tail)-1 && bytes-l.tail[n].size() >= limit && l.tail[n].Last() <= upTo; n++ {
 		bytes -= l.tail[n].size()
 	}
 	if n > 0 {

@@ -460,6 +460,7 @@ func (s *sim) onApply(n *simNode) {
 		settled, _ = n.wait.onApplied(e, results, settled, nil)
 		n.snaps.noted(e)
 	}
+	c.applyEnds(n.applied)
 	s.load.settle(s, settled)
 	c.want(n.wait.highest())
 	s.scheduleApply(n)
