@@ -216,8 +216,8 @@ func TestSteppingDownRejectsNothing(t *testing.T) {
 		h := NewHarness(t, 3)
 		defer h.Shutdown()
 		old, term := h.CheckSingleLeader()
-		for i := range 3 {
-			h.SlowDisk(i, 100*time.Millisecond)
+		for i := range 3 { // slow for what is cut off 10 ms later, and quick beside an election timeout
+			h.SlowDisk(i, 30*time.Millisecond)
 		}
 		p := h.Server(old).Submit([]byte("x"))
 		time.Sleep(10 * time.Millisecond) // it is on its way to the disks of the others
