@@ -99,7 +99,7 @@ func TestSilentLeaderIsNotWaitedFor(t *testing.T) {
 // made, also where messages and disks are slow.
 func TestTransferLosesNoAnswer(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := NewHarness(t, 3)
+		h := NewHarness(t, 3, unhurried) // a transfer is given up after an election timeout
 		defer h.Shutdown()
 		h.CheckSingleLeader()
 		h.Delay(10*time.Millisecond, 20*time.Millisecond)
@@ -108,6 +108,8 @@ func TestTransferLosesNoAnswer(t *testing.T) {
 		}
 		var wg sync.WaitGroup
 		stop := make(chan struct{})
+		finish := sync.OnceFunc(func() { close(stop); wg.Wait() })
+		defer finish()
 		answered := make([]int, 3)
 		for i := range 3 {
 			wg.Go(func() {
@@ -124,8 +126,7 @@ func TestTransferLosesNoAnswer(t *testing.T) {
 			h.Transfer(other(h, leader, 1))
 			time.Sleep(300 * time.Millisecond)
 		}
-		close(stop)
-		wg.Wait()
+		finish()
 		t.Logf("answers: %v", answered)
 		h.CheckLinearizable()
 	})
