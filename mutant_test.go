@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"go/ast"
 	"go/build"
+	"go/format"
 	"go/importer"
 	"go/parser"
 	"go/token"
@@ -112,49 +113,111 @@ func hasTest(dir, name string) bool {
 	return false
 }
 
-// TestMutantsApply: each mutant still applies and type-checks, so that it can
-// only be caught by a test, and that test is there.
-func TestMutantsApply(t *testing.T) {
-	fset := token.NewFileSet()
-	conf := types.Config{Importer: importer.ForCompiler(fset, "gc", exportData(t))}
-	parsed := map[string]*ast.File{}
-	check := func(file, replacement string) error {
-		dir := filepath.Dir(file)
+// typeChecker type-checks packages in which one file is replaced.
+type typeChecker struct {
+	fset     *token.FileSet
+	importer types.Importer
+	packages map[string]map[string]*ast.File // by directory and path
+}
+
+// files parses the files of a package once.
+func (c *typeChecker) files(dir string) (map[string]*ast.File, error) {
+	if c.packages[dir] == nil {
+		c.packages[dir] = map[string]*ast.File{}
 		paths, _ := filepath.Glob(filepath.Join(dir, "*.go"))
-		var list []*ast.File
 		for _, p := range paths {
 			if match, err := build.Default.MatchFile(dir, filepath.Base(p)); err != nil || !match || strings.HasSuffix(p, "_test.go") {
 				continue
 			}
-			if parsed[p] == nil || p == file && replacement != "" {
-				var src any
-				if p == file && replacement != "" {
-					src = replacement
-				}
-				f, err := parser.ParseFile(fset, p, src, parser.SkipObjectResolution)
-				if err != nil {
-					return err
-				}
-				if src != nil {
-					list = append(list, f)
-					continue
-				}
-				parsed[p] = f
+			f, err := parser.ParseFile(c.fset, p, nil, parser.SkipObjectResolution)
+			if err != nil {
+				return nil, err
 			}
-			list = append(list, parsed[p])
+			c.packages[dir][p] = f
 		}
-		_, err := conf.Check(path.Join("example.com/raft", dir), fset, list, nil)
+	}
+	return c.packages[dir], nil
+}
+
+// check type-checks the package of a file, with this text for it, or as it is. A
+// file in which only bodies of functions differ can break no other one: the
+// bodies of the others are left out then, and what is said of those files.
+func (c *typeChecker) check(file, replacement string) error {
+	dir := filepath.Dir(file)
+	files, err := c.files(dir)
+	if err != nil {
 		return err
 	}
+	var list []*ast.File
+	alone := false
+	if replacement != "" {
+		f, err := parser.ParseFile(c.fset, file, replacement, parser.SkipObjectResolution)
+		if err != nil {
+			return err
+		}
+		list = append(list, f)
+		alone = printed(bare(f)) == printed(bare(files[file]))
+	}
+	for p, f := range files {
+		switch {
+		case p == file && replacement != "":
+		case alone:
+			list = append(list, bare(f))
+		default:
+			list = append(list, f)
+		}
+	}
+	var first error
+	conf := types.Config{Importer: c.importer, Error: func(err error) {
+		var e types.Error
+		if first == nil && (!alone || !errors.As(err, &e) || c.fset.Position(e.Pos).Filename == file) {
+			first = err
+		}
+	}}
+	conf.Check(path.Join("example.com/raft", dir), c.fset, list, nil)
+	return first
+}
+
+// bare is a file without the bodies of its functions, except generic ones, which
+// must have theirs.
+func bare(f *ast.File) *ast.File {
+	without := *f
+	without.Comments, without.Decls = nil, nil
+	for _, d := range f.Decls {
+		if fn, ok := d.(*ast.FuncDecl); ok && fn.Type.TypeParams == nil {
+			declared := *fn
+			declared.Doc, declared.Body = nil, nil
+			d = &declared
+		}
+		without.Decls = append(without.Decls, d)
+	}
+	return &without
+}
+
+// printed is a file's source; positions do not matter.
+func printed(f *ast.File) string {
+	var b strings.Builder
+	for _, d := range f.Decls {
+		format.Node(&b, token.NewFileSet(), d)
+		b.WriteByte('\n')
+	}
+	return b.String()
+}
+
+// TestMutantsApply: each mutant still applies and type-checks, so that it can
+// only be caught by a test, and that test is there.
+func TestMutantsApply(t *testing.T) {
+	fset := token.NewFileSet()
+	c := &typeChecker{fset, importer.ForCompiler(fset, "gc", exportData(t)), map[string]map[string]*ast.File{}}
 	sound := map[string]bool{} // packages that compile
 	for _, m := range readMutants(t) {
 		if dir := filepath.Dir(m.file); !sound[dir] {
-			if err := check(m.file, ""); err != nil {
+			if err := c.check(m.file, ""); err != nil {
 				t.Fatalf("%s itself does not compile: %v", dir, err)
 			}
 			sound[dir] = true
 		}
-		if err := check(m.file, m.apply(t)); err != nil {
+		if err := c.check(m.file, m.apply(t)); err != nil {
 			t.Errorf("mutant %s does not compile: %v", m.path, err)
 		}
 		if !hasTest(m.dir, m.test) {
