@@ -319,7 +319,7 @@ func TestSimShrinks(t *testing.T) {
 		}
 	}}
 	var tried, faults int
-	for seed := uint64(1); seed <= 40 && tried < 3; seed++ {
+	for seed := uint64(1); seed <= 40 && tried < seedCount(3); seed++ {
 		res := runSim(seed, plan)
 		if res.err == nil || len(res.struck) < 20 {
 			continue
@@ -351,15 +351,15 @@ func TestSimShrinks(t *testing.T) {
 		}
 		t.Logf("seed %d: %d of %d faults after %d runs: %s", seed, len(h.best.struck), len(res.struck), h.runs, formatFaults(h.best.struck))
 	}
-	if tried < 3 {
-		t.Errorf("the made-up invariant broke in %d seeds with 20 faults and more, want 3", tried)
+	if want := seedCount(3); tried < want {
+		t.Errorf("the made-up invariant broke in %d seeds with 20 faults and more, want %d", tried, want)
 	}
 }
 
 // TestSimScheduleIsComplete: a run's own list of faults repeats it exactly, and
 // an empty one leaves nothing that goes wrong before the first round ends.
 func TestSimScheduleIsComplete(t *testing.T) {
-	for seed := uint64(1); seed <= 6; seed++ {
+	for seed := uint64(1); seed <= uint64(seedCount(6)); seed++ {
 		res := runSim(seed, simPlan{})
 		again := runSim(seed, simPlan{only: faultSet(res.struck)})
 		if again.hash != res.hash {

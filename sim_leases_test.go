@@ -165,9 +165,12 @@ func TestSimLeases(t *testing.T) {
 		return
 	}
 	var got simReads
-	runSeeds(t, seedsFrom(1, plan, atLeast(30)), func(_ uint64, res simResult) { got.add(res.reads) })
+	missing := func() bool {
+		return got.byLease == 0 || got.allowed == got.byLease || got.withheld == 0 || got.sleeps == 0 || got.refused == 0
+	}
+	runSeeds(t, seedsFrom(1, plan, untilSeen(30, missing)), func(_ uint64, res simResult) { got.add(res.reads) })
 	t.Logf("%+v", got)
-	if got.byLease == 0 || got.allowed == got.byLease || got.withheld == 0 || got.sleeps == 0 || got.refused == 0 {
+	if missing() {
 		t.Errorf("something did not happen: %+v", got)
 	}
 }

@@ -315,7 +315,7 @@ func TestSimDiskFaults(t *testing.T) {
 	missing := func() bool {
 		return got.RefusedStart == 0 || got.RefusedRead == 0 || got.Wiped == 0 || got.FullWrites == 0 || got.FullStarts == 0 || got.Noticed == 0 || got.Rejected == 0 || got.ReadErrors == 0
 	}
-	more := func(n int) bool { return n < 14 || missing() && n < 100 } // rot is read by few
+	more := func(n int) bool { return n < seedCount(14) || missing() && n < 100 } // rot is read by few
 	runSeeds(t, seedsFrom(1, plan, more), func(_ uint64, res simResult) { got.add(res.losses) })
 	t.Logf("%+v", got)
 	if missing() {
@@ -323,7 +323,7 @@ func TestSimDiskFaults(t *testing.T) {
 	}
 }
 
-// runLosses runs 20 seeds of a plan, in which enough must have happened.
+// runLosses runs up to 20 seeds of a plan, in which enough must have happened.
 func runLosses(t *testing.T, plan simPlan, enough func(simLosses) bool) {
 	t.Helper()
 	if *simSeed != 0 {
@@ -331,7 +331,7 @@ func runLosses(t *testing.T, plan simPlan, enough func(simLosses) bool) {
 		return
 	}
 	var got simLosses
-	runSeeds(t, seedsFrom(1, plan, func(n int) bool { return n < 20 }), func(_ uint64, res simResult) { got.add(res.losses) })
+	runSeeds(t, seedsFrom(1, plan, untilSeen(20, func() bool { return !enough(got) })), func(_ uint64, res simResult) { got.add(res.losses) })
 	t.Logf("%+v", got)
 	if !enough(got) {
 		t.Errorf("some fault did not happen, or had no effect: %+v", got)

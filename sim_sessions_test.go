@@ -245,9 +245,12 @@ func TestSimSessions(t *testing.T) {
 		replaySim(t, plan)
 		return
 	}
-	runSeeds(t, seedsFrom(1, plan, atLeast(20)), func(_ uint64, res simResult) { got.add(res.sessions) })
+	missing := func() bool {
+		return got.Opened == 0 || got.Again == 0 || got.Repeated == 0 || got.Dropped == 0 || got.Ended == 0 || got.Closed == 0
+	}
+	runSeeds(t, seedsFrom(1, plan, untilSeen(20, missing)), func(_ uint64, res simResult) { got.add(res.sessions) })
 	t.Logf("%+v", got)
-	if got.Opened == 0 || got.Again == 0 || got.Repeated == 0 || got.Dropped == 0 || got.Ended == 0 || got.Closed == 0 {
+	if missing() {
 		t.Errorf("something did not happen: %+v", got)
 	}
 }

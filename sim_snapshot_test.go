@@ -669,6 +669,9 @@ func decodeSimMachine(b []byte) (Index, simMachine, error) {
 // many crashes.
 func TestSimSnapshots(t *testing.T) {
 	var got simSnapshots
+	missing := func() bool {
+		return got.Taken == 0 || got.Failed == 0 || got.Sent == 0 || got.Broken == 0 || got.Resumed == 0 || got.GivenUp == 0 || got.Replaced == 0 || got.Restored == 0 || got.Restarts == 0
+	}
 	for _, disk := range []string{"model", "wal"} {
 		t.Run(disk, func(t *testing.T) {
 			plan := simPlan{test: "TestSimSnapshots", disk: disk, tune: func(w *simSwarm) {
@@ -683,11 +686,11 @@ func TestSimSnapshots(t *testing.T) {
 				replaySim(t, plan)
 				return
 			}
-			runSeeds(t, seedsFrom(1, plan, atLeast(20)), func(_ uint64, res simResult) { got.add(res.snaps) })
+			runSeeds(t, seedsFrom(1, plan, untilSeen(20, missing)), func(_ uint64, res simResult) { got.add(res.snaps) })
 		})
 	}
 	t.Logf("%+v", got)
-	if *simSeed == 0 && (got.Taken == 0 || got.Failed == 0 || got.Sent == 0 || got.Broken == 0 || got.Resumed == 0 || got.GivenUp == 0 || got.Replaced == 0 || got.Restored == 0 || got.Restarts == 0) {
+	if *simSeed == 0 && missing() {
 		t.Errorf("something did not happen: %+v", got)
 	}
 }

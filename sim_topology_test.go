@@ -55,7 +55,7 @@ func (s *sim) failing(t *testing.T, f func()) {
 // TestSimQuiet: without faults one election is all that happens. Nobody
 // campaigns again, no append is refused and no connection is hung up.
 func TestSimQuiet(t *testing.T) {
-	for seed := uint64(1); seed <= 3; seed++ {
+	for seed := uint64(1); seed <= uint64(seedCount(3)); seed++ {
 		s := quietSim(seed, 5, quietLimits())
 		s.failing(t, func() {
 			s.start()
@@ -84,7 +84,7 @@ func (s *sim) cut(pairs ...[2]int) {
 // go on being committed, and the leadership must not go round.
 func progressUnder(t *testing.T, nodes int, l limits, maxElections int, cut func(s *sim, leader int)) {
 	t.Helper()
-	for seed := uint64(1); seed <= 3; seed++ {
+	for seed := uint64(1); seed <= uint64(seedCount(3)); seed++ {
 		s := quietSim(seed, nodes, l)
 		s.failing(t, func() {
 			s.start()
