@@ -147,6 +147,7 @@ func TestDiskStorageRecoversReplacedLog(t *testing.T) {
 // start goes on in any case, and nobody ever finds a file identity beside a log
 // that holds nothing.
 func TestFirstStartCrashPoints(t *testing.T) {
+	t.Parallel()
 	for seed := range uint64(seedCount(3)) {
 		rng := rand.New(rand.NewPCG(seed, 2))
 		points := [2]int{}

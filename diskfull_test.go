@@ -315,6 +315,7 @@ func TestOnlyNodeDiskFull(t *testing.T) {
 // A snapshot that finds no space leaves no half file and is tried again, and one
 // that finds some lets the log go, which makes space for the log.
 func TestSnapshotOnFullDisk(t *testing.T) {
+	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		state := 3 << 20 // of the snapshot
 		h := NewHarness(t, 3, WithStateMachine(func() StateMachine { return &sized{n: state} }), WithConfig(func(_ int, c *Config) {
@@ -404,6 +405,7 @@ func TestNoSpaceInsideSegment(t *testing.T) {
 // and frees it again, with other dice each time: nothing is lost, no node is
 // restarted, and the time without an answer is that of a transfer.
 func TestDiskFullUnderLoad(t *testing.T) {
+	t.Parallel()
 	var gaps []time.Duration
 	seeds := uint64(20)
 	if raceEnabled {

@@ -239,6 +239,7 @@ func (l *answeredLoad) longestGap(began time.Time) (gap time.Duration) {
 // nothing: as much is committed in the same time as without it. (With an equal
 // disk it would be the faster one of two sometimes.)
 func TestSlowFollowerCostsNothing(t *testing.T) {
+	t.Parallel()
 	committed := func(change func(h *Harness, follower int)) (n int) {
 		synctest.Test(t, func(t *testing.T) {
 			h := NewHarness(t, 3)
@@ -280,6 +281,7 @@ func TestSlowFollowerCostsNothing(t *testing.T) {
 // The leader's disk hangs under load, with other dice each time: nothing is lost,
 // the leadership moves within the bound, and the time without an answer is short.
 func TestHungDiskUnderLoad(t *testing.T) {
+	t.Parallel()
 	var gaps, moves []time.Duration
 	seeds := uint64(20)
 	if raceEnabled {

@@ -207,6 +207,7 @@ func printed(f *ast.File) string {
 // TestMutantsApply: each mutant still applies and type-checks, so that it can
 // only be caught by a test, and that test is there.
 func TestMutantsApply(t *testing.T) {
+	t.Parallel()
 	fset := token.NewFileSet()
 	c := &typeChecker{fset, importer.ForCompiler(fset, "gc", exportData(t)), map[string]map[string]*ast.File{}}
 	sound := map[string]bool{} // packages that compile

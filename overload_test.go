@@ -76,6 +76,7 @@ var smallLimits = configured(func(c *Config) {
 // A flood at one node keeps nobody else out: neither those who wait at the same
 // node nor those at other nodes.
 func TestFloodStarvesNobody(t *testing.T) {
+	t.Parallel()
 	for _, at := range []string{"leader", "follower", "both"} {
 		t.Run(at, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
@@ -198,6 +199,7 @@ func TestProposeWaitsForRoom(t *testing.T) {
 // What a node has staged and not synced is bounded, on a leader whose disk is
 // slower than those of the others, and on a follower.
 func TestUnsyncedIsBounded(t *testing.T) {
+	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		h := NewHarness(t, 3, configured(func(c *Config) {
 			c.MaxQueueBytes, c.MaxUncommittedBytes, c.MaxFrameBytes, c.MaxInflightBytes = 512<<10, 512<<10, 16<<10, 64<<10

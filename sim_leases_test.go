@@ -179,6 +179,7 @@ func TestSimLeases(t *testing.T) {
 // lease does go on while another node leads. So the check above can fail, and the
 // bound means something.
 func TestSimLeasesBeyondBound(t *testing.T) {
+	t.Parallel()
 	plan := simPlan{tune: func(w *simSwarm) {
 		leaseTune(w)
 		w.driftPercent, w.clockSpread = 1, 3

@@ -844,10 +844,11 @@ func TestSimRegressions(t *testing.T) {
 func TestSimReplays(t *testing.T) {
 	var before simResult
 	runSeeds(t, func(yield func(uint64, simPlan) bool) {
-		for seed := range uint64(seedCount(8)) {
+		for k := range uint64(seedCount(8)) {
+			seed := k + 3 // 2 is the longest of the first ones
 			plan := simPlan{test: "TestSim"}
 			for range 2 {
-				if !yield(seed+1, plan) {
+				if !yield(seed, plan) {
 					return
 				}
 			}

@@ -55,6 +55,7 @@ func (s *sim) failing(t *testing.T, f func()) {
 // TestSimQuiet: without faults one election is all that happens. Nobody
 // campaigns again, no append is refused and no connection is hung up.
 func TestSimQuiet(t *testing.T) {
+	t.Parallel()
 	for seed := uint64(1); seed <= uint64(seedCount(3)); seed++ {
 		s := quietSim(seed, 5, quietLimits())
 		s.failing(t, func() {
