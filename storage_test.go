@@ -201,6 +201,7 @@ func TestStorageRecyclesSegments(t *testing.T) {
 				mustFlush(t, s, lsn)
 			}
 			if d, ok := s.(*diskStorage); ok {
+				d.log.Prepare() // what its goroutine does, which may not have run yet
 				if st := d.log.Status(); st.Segments > 8 {
 					t.Errorf("%d segments for half a MiB of log", st.Segments)
 				}
