@@ -542,3 +542,51 @@ func TestCarryAfterDiskFull(t *testing.T) {
 	}
 	checkState(t, l, o)
 }
+
+// TestFillPieces: the next segment is filled with zeros in small pieces, between
+// which the writer's syncs get their turn, and in large ones while the current
+// segment would be full before that is done.
+func TestFillPieces(t *testing.T) {
+	const size = 16 << 20
+	for _, c := range []struct {
+		name     string
+		used     int // of the current segment
+		min, max int // of the largest piece
+	}{
+		{"the writer is slow", size/2 + size/64, 256 << 10, 1 << 20},
+		{"the writer is quick", size - size/16, 4 << 20, 5 << 20},
+	} {
+		fs := newMem(1)
+		o := testOptions(fs, 1)
+		o.MinSegmentBytes, o.MaxSegmentBytes, o.ReserveBytes = size, size, -1
+		l, _ := mustOpen(t, o)
+		for n := 0; n < c.used>>16; n++ {
+			l.Append(numbered(n, 1<<16-100))
+		}
+		if err := l.Flush(); err != nil {
+			t.Fatal(err)
+		}
+		piece, largest := 0, 0
+		fs.SetHook(func(op vfs.Op) error {
+			switch {
+			case !strings.HasSuffix(op.Name, spareSuffix):
+			case op.Kind == vfs.OpWrite:
+				piece += op.Size
+				largest = max(largest, piece)
+			case op.Kind == vfs.OpSync:
+				piece = 0
+			}
+			return nil
+		})
+		if err := l.Prepare(); err != nil {
+			t.Fatal(err)
+		}
+		fs.SetHook(nil)
+		if largest < c.min || largest > c.max {
+			t.Errorf("%s: the largest piece has %d bytes, want %d to %d", c.name, largest, c.min, c.max)
+		}
+		if err := l.Close(); err != nil {
+			t.Fatal(err)
+		}
+	}
+}

@@ -207,21 +207,22 @@ func (l *Log) newFile(size int64) (*segment, error) {
 }
 
 // zeroFill really writes zeros: space that is only reserved would make later
-// syncs write metadata. It syncs as it goes, so that the disk is not taken
-// from the writer for long, and gives up when the log closes.
+// syncs write metadata. It syncs as it goes, because a sync of the writer waits
+// until the disk has written them, and gives up when the log closes.
 func (l *Log) zeroFill(seg *segment) error {
-	const syncEvery = 4 << 20
 	zeros := make([]byte, min(seg.header.size, 256<<10))
+	synced := int64(0)
 	for off := int64(0); off < seg.header.size; {
 		n := min(int64(len(zeros)), seg.header.size-off)
 		if _, err := seg.file.WriteAt(zeros[:n], off); err != nil {
 			return err
 		}
 		off += n
-		if off%syncEvery == 0 || off == seg.header.size {
+		if off-synced >= l.fillPiece(seg.header.size-off, seg.header.size) || off == seg.header.size {
 			if err := seg.file.Sync(); err != nil {
 				return err
 			}
+			synced = off
 		}
 		select {
 		case <-l.quit:
@@ -230,6 +231,22 @@ func (l *Log) zeroFill(seg *segment) error {
 		}
 	}
 	return nil
+}
+
+// fillPiece is how many bytes of zeros are written between syncs, while left of a
+// segment's size are still to be. Small pieces delay the writer less, and large
+// ones are done sooner: so they are small as long as less is left of this segment
+// than of the half of the current one that was free when it was begun.
+func (l *Log) fillPiece(left, size int64) int64 {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.wanted == 0 && len(l.segs) > 0 {
+		half := l.segs[len(l.segs)-1].header.size / 2
+		if float64(left)/float64(size) < float64(l.curFree)/float64(half) {
+			return 512 << 10
+		}
+	}
+	return 4 << 20
 }
 
 // Release says that records below an LSN will not be needed again. A segment
