@@ -89,7 +89,7 @@ type limits struct {
 	heartbeatInterval  time.Duration
 	preVote            bool
 	checkQuorum        bool
-	gatherBytes        int // a second frame in flight waits until this much has gathered
+	gatherBytes        int // a third append in flight waits until this much has gathered, or for gatherTime
 	maxFrameBytes      int // of entries in one append
 	maxInflight        int // appends to one follower
 	maxInflightBytes   int

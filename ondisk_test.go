@@ -180,7 +180,7 @@ func TestOnDiskAndSnapshot(t *testing.T) {
 // the same transaction.
 func TestOnDiskFollower(t *testing.T) {
 	onTables(t, 3, func(t *testing.T, h *Harness, tables []*table) {
-		leader, behind := leaveBehind(t, h, 20)
+		leader, behind := leaveBehind(t, h)
 		h.ReconnectPeer(behind)
 		proposeN(t, h, "b", 2)
 		want := tableLines(h, leader)

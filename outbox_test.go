@@ -2,7 +2,10 @@ package raft
 
 import (
 	"errors"
+	"slices"
+	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 )
 
@@ -251,21 +254,23 @@ func TestProgressWindow(t *testing.T) {
 	l := &limits{maxInflight: 4, maxInflightBytes: 100, gatherBytes: 50}
 	now := simEpoch
 	p := &progress{next: 10, match: 4}
-	p.sent(sentAppend{1, 10, 30}, now)
-	p.sent(sentAppend{2, 12, 30}, now.Add(time.Second))
+	p.sent(sentAppend{1, 10, 30, now})
+	second := now.Add(time.Second)
+	p.sent(sentAppend{2, 12, 30, second})
 	if !p.lastProgress.Equal(now) {
 		t.Errorf("last progress is %v, want the time of the window's first", p.lastProgress)
 	}
 	for _, c := range []struct {
 		ready int
+		after time.Duration // the second
 		want  bool
-	}{{0, false}, {49, false}, {50, true}} {
-		if got := p.mayStream(l, c.ready); got != c.want {
-			t.Errorf("a third append with %d bytes ready: %v", c.ready, got)
+	}{{0, 0, false}, {49, 0, false}, {50, 0, true}, {1, gatherTime - 1, false}, {1, gatherTime, true}} {
+		if got := p.mayStream(l, c.ready, second.Add(c.after)); got != c.want {
+			t.Errorf("a third append with %d bytes ready, %v after the second: %v", c.ready, c.after, got)
 		}
 	}
-	p.sent(sentAppend{3, 15, 60}, now)
-	if p.mayStream(l, 1000) {
+	p.sent(sentAppend{3, 15, 60, second})
+	if p.mayStream(l, 1000, second.Add(time.Hour)) {
 		t.Error("streams beyond the bytes of the window")
 	}
 	if p.answered(9, now) {
@@ -273,7 +278,7 @@ func TestProgressWindow(t *testing.T) {
 	}
 	p = &progress{next: 20, match: 4}
 	for i := range 3 {
-		p.sent(sentAppend{uint64(i + 1), Index(10 + i), 10}, now)
+		p.sent(sentAppend{uint64(i + 1), Index(10 + i), 10, now})
 	}
 	if !p.answered(2, now) || len(p.inflight) != 1 || p.inflightBytes != 10 {
 		t.Errorf("the answer to the second leaves %v", p.inflight)
@@ -289,4 +294,35 @@ func TestProgressWindow(t *testing.T) {
 	if p.next != 5 {
 		t.Errorf("probes from %d, below match", p.next)
 	}
+}
+
+// Over a long way a proposal that comes every now and then waits for its own way
+// there and back, not for answers to what was sent before it.
+func TestLongWayIsNotWaitedForTwice(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := NewHarness(t, 3, WithConfig(func(_ int, c *Config) { c.ElectionTimeout, c.HeartbeatInterval = 2*time.Second, 200*time.Millisecond }))
+		defer h.Shutdown()
+		leader, _ := h.CheckSingleLeader()
+		const way, every, n = 25 * time.Millisecond, 5 * time.Millisecond, 100
+		h.Delay(way, way)
+		took := make([]time.Duration, n)
+		var wg sync.WaitGroup
+		for i := range n {
+			began := time.Now()
+			p := h.Server(leader).Submit(cmd(i))
+			wg.Go(func() {
+				if _, err := p.Wait(t.Context()); err != nil {
+					t.Error(err)
+				}
+				took[i] = time.Since(began)
+			})
+			time.Sleep(every)
+		}
+		wg.Wait()
+		slices.Sort(took)
+		t.Logf("there and back takes %v; a proposal every %v: median %v, at most %v", 2*way, every, took[n/2], took[n-1])
+		if took[n-1] > 2*way+2*every {
+			t.Errorf("a proposal took %v, there and back takes %v", took[n-1], 2*way)
+		}
+	})
 }

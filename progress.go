@@ -50,11 +50,12 @@ type sentAppend struct {
 	seq   uint64
 	first Index // its first entry, or the next one if it had none
 	bytes int
+	at    time.Time
 }
 
-func (p *progress) sent(a sentAppend, now time.Time) {
+func (p *progress) sent(a sentAppend) {
 	if len(p.inflight) == 0 {
-		p.lastProgress = now
+		p.lastProgress = a.at
 	}
 	p.inflight = append(p.inflight, a)
 	p.inflightBytes += a.bytes
@@ -96,13 +97,20 @@ func (p *progress) resend(seq uint64) {
 	p.probeFrom(next, seq)
 }
 
+// gatherTime is how long an append waits for answers to those before it, so that
+// what comes meanwhile shares its disk write. Where answers take longer, it is the
+// way to the follower that takes time, and waiting would only add to it.
+const gatherTime = time.Millisecond
+
 // mayStream tells whether another append with `ready` bytes of entries may
 // leave. Appends are pulled by answers rather than pushed by proposals: a
-// second one leaves early, further ones only when enough has gathered to be
-// worth a disk write of its own.
-func (p *progress) mayStream(l *limits, ready int) bool {
-	if len(p.inflight) < 2 {
+// second one leaves early, further ones when enough has gathered to be worth a
+// disk write of its own, or when the newest has been on its way for a while.
+func (p *progress) mayStream(l *limits, ready int, now time.Time) bool {
+	n := len(p.inflight)
+	if n < 2 {
 		return true
 	}
-	return len(p.inflight) < l.maxInflight && p.inflightBytes < l.maxInflightBytes && ready >= l.gatherBytes
+	return n < l.maxInflight && p.inflightBytes < l.maxInflightBytes &&
+		(ready >= l.gatherBytes || now.Sub(p.inflight[n-1].at) >= gatherTime)
 }

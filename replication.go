@@ -158,7 +158,7 @@ func (c *core) sendTo(p *progress) {
 		if p.next <= c.log.start.Index {
 			p.next = c.log.start.Index + 1 // it may have more than we know of
 		}
-		if p.state == streaming && !p.mayStream(&c.limits, c.readyBytes(p.next)) {
+		if p.state == streaming && !p.mayStream(&c.limits, c.readyBytes(p.next), c.now) {
 			return
 		}
 		entries, ok := c.log.from(p.next, c.log.last, c.limits.maxFrameBytes)
@@ -204,7 +204,7 @@ func (c *core) sendEntries(p *progress, entries []Entries) {
 		Term: c.currentTerm, Leader: c.self, Seq: c.appendSeq,
 		Prev: EntryID{prev, prevTerm}, Commit: c.commitIndex, Entries: entries, round: c.reads.round,
 	}
-	p.sent(sentAppend{a.Seq, p.next, a.size()}, c.now)
+	p.sent(sentAppend{a.Seq, p.next, a.size(), c.now})
 	p.next = a.lastIndex() + 1
 	p.commitSent = max(p.commitSent, min(c.commitIndex, a.lastIndex()))
 	c.send(message{to: p.id, append: a})

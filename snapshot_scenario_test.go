@@ -52,7 +52,7 @@ func largeState() []HarnessOption {
 // term stay, and commands commit as fast as ever.
 func TestHeartbeatsBesideTransfer(t *testing.T) {
 	snapshots(t, 3, func(t *testing.T, h *Harness) {
-		leader, behind := leaveBehind(t, h, 5)
+		leader, behind := leaveBehind(t, h)
 		_, term := h.CheckSingleLeader()
 		h.ReconnectPeer(behind)
 		midTransfer(t, h, leader, behind)
@@ -85,7 +85,7 @@ func TestHeartbeatsBesideTransfer(t *testing.T) {
 func TestThrottledFollowerAndCompaction(t *testing.T) {
 	const perSecond, state = 64 << 10, 200 << 10 // a transfer takes about 3 s
 	snapshots(t, 3, func(t *testing.T, h *Harness) {
-		leader, behind := leaveBehind(t, h, 5)
+		leader, behind := leaveBehind(t, h)
 		h.ReconnectPeer(behind)
 		var longest, written Index
 		transfers, before := int32(0), h.Server(leader).Status().Last
@@ -131,7 +131,7 @@ func TestStopDuringTransfer(t *testing.T) {
 		for _, crash := range []bool{false, true} {
 			t.Run(fmt.Sprintf("%v, crash %v", role, crash), func(t *testing.T) {
 				virtual(t, 3, func(t *testing.T, h *Harness) {
-					leader, behind := leaveBehind(t, h, 5)
+					leader, behind := leaveBehind(t, h)
 					h.ReconnectPeer(behind)
 					midTransfer(t, h, leader, behind)
 					victim := behind
@@ -229,7 +229,7 @@ func TestRefusedBlocks(t *testing.T) {
 	for _, kind := range []vfs.OpKind{vfs.OpCreate, vfs.OpWrite, vfs.OpSync, vfs.OpRename} {
 		t.Run(kind.String(), func(t *testing.T) {
 			snapshots(t, 3, func(t *testing.T, h *Harness) {
-				leader, behind := leaveBehind(t, h, 5)
+				leader, behind := leaveBehind(t, h)
 				_, term := h.CheckSingleLeader()
 				var refused atomic.Int32
 				h.node(behind).disk.mem.SetHook(func(op vfs.Op) error {

@@ -156,15 +156,15 @@ func TestSnapshotRestart(t *testing.T) {
 	})
 }
 
-// leaveBehind disconnects a follower, has the leader commit n commands and
+// leaveBehind disconnects a follower, has the leader commit commands and
 // compact them, and waits, in virtual time, until no append that was made
 // before is on its way.
-func leaveBehind(t *testing.T, h *Harness, n int) (leader, behind int) {
+func leaveBehind(t *testing.T, h *Harness) (leader, behind int) {
 	t.Helper()
 	leader, _ = h.CheckSingleLeader()
 	behind = (leader + 1) % 3
 	h.DisconnectPeer(behind)
-	proposeN(t, h, "a", n)
+	proposeN(t, h, "a", 32) // more appends than a window has: those in it arrive later
 	h.TakeSnapshot(leader)
 	time.Sleep(5 * time.Second)
 	return leader, behind
@@ -174,7 +174,7 @@ func leaveBehind(t *testing.T, h *Harness, n int) (leader, behind int) {
 // goes on from it with appends: §7.
 func TestSnapshotToFollower(t *testing.T) {
 	snapshots(t, 3, func(t *testing.T, h *Harness) {
-		_, behind := leaveBehind(t, h, 20)
+		_, behind := leaveBehind(t, h)
 		proposeN(t, h, "c", 5)
 		h.ReconnectPeer(behind)
 		caughtUp(t, h, behind)
@@ -427,7 +427,7 @@ func TestRestoreFails(t *testing.T) {
 		t.Run(where, func(t *testing.T) {
 			var fault atomic.Pointer[string]
 			snapshots(t, 3, func(t *testing.T, h *Harness) {
-				leader, behind := leaveBehind(t, h, 10)
+				leader, behind := leaveBehind(t, h)
 				fault.Store(&where)
 				h.ReconnectPeer(behind)
 				var failed *SnapshotError
@@ -453,7 +453,7 @@ func TestRestoreFails(t *testing.T) {
 func TestSnapshotResumes(t *testing.T) {
 	const size = 20 << 20
 	snapshots(t, 3, func(t *testing.T, h *Harness) {
-		leader, behind := leaveBehind(t, h, 5)
+		leader, behind := leaveBehind(t, h)
 		h.ReconnectPeer(behind)
 		var sent int64
 		status := func() FollowerStatus {

@@ -283,7 +283,7 @@ func TestDamagedSnapshot(t *testing.T) {
 func TestDamagedSnapshotIsNotSent(t *testing.T) {
 	for _, news := range []int{3, 0} { // commands since the damaged one
 		snapshots(t, 3, func(t *testing.T, h *Harness) {
-			leader, behind := leaveBehind(t, h, 10)
+			leader, behind := leaveBehind(t, h)
 			damageSnapshot(t, h, leader, 0, 40)
 			proposeN(t, h, "b", news)
 			h.ReconnectPeer(behind)
