@@ -131,8 +131,8 @@ type Config struct {
 	// else, with each heartbeat, so that ReadLease need not ask anybody. Zero, the
 	// default, is no lease; otherwise at least two heartbeats and at most
 	// ElectionTimeout, and one minute. A follower promises whatever its leader asks
-	// for, and keeps that also after a restart, which begins with the longest
-	// promise ever made. Linux only: elsewhere a leader does not see that the
+	// for, and keeps that also after a restart, which begins with its last one or
+	// a longer one. Linux only: elsewhere a leader does not see that the
 	// machine has slept. It needs check-quorum.
 	LeaseDuration time.Duration
 	// MaxClockDriftPercent is by how much the clock of one node may run faster than

@@ -47,7 +47,7 @@ type core struct {
 	retired          bool          // this server is shutting down and does not campaign
 	promisedTo       memberID      // the leader that has this server's promise; zero: one before a restart
 	promisedUntil    time.Time     // nobody else gets a vote before
-	longestPromise   time.Duration // ever made, runs before this one included; persistent
+	savedPromise     time.Duration // no promise has more left than this; persistent: after a restart that is all that is known
 	full             error         // the disk is full: the log can't grow. Vote and replicate what there is room for, but do not lead
 	room             int64         // bytes of records that the disk surely has space for; set before entries of a leader are taken
 	lacksRoom        bool          // it is full, and had none for the newest entries that came
@@ -110,7 +110,7 @@ type stagedEntries struct {
 type HardState struct {
 	Term         Term
 	VotedFor     uint64        // the number of a membership, 0 for nobody
-	LeasePromise time.Duration // the longest ever made to a leader: after a restart no vote is given for so long
+	LeasePromise time.Duration // at least what is left of any that a leader was told of: after a restart no vote is given for so long
 }
 
 // effects are what the world must do after a transition.
@@ -153,7 +153,7 @@ func newCore(self memberID, l limits, rec Recovered, conf configuration, rng *ra
 	}
 	if p := rec.HardState.LeasePromise; p > 0 {
 		// Nobody knows how much of the last one is left, nor whose it was.
-		c.longestPromise, c.promisedUntil = p, now.Add(p)
+		c.savedPromise, c.promisedUntil = p, now.Add(p)
 	}
 	for _, o := range rec.older {
 		older, err := decodeConfiguration(o.data)
@@ -240,7 +240,7 @@ func (c *core) finish() effects {
 }
 
 func (c *core) hardState() HardState {
-	return HardState{c.currentTerm, uint64(c.votedFor), c.longestPromise}
+	return HardState{c.currentTerm, uint64(c.votedFor), c.savedPromise}
 }
 
 func (c *core) deriveSave() *Save {

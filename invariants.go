@@ -13,11 +13,10 @@ type coreSnapshot struct {
 	lsn      LSN
 	deadline time.Time
 	promised time.Time
-	longest  time.Duration
 }
 
 func (c *core) snapshot() coreSnapshot {
-	return coreSnapshot{c.currentTerm, c.votedFor, c.role, c.commitIndex, c.log.start.Index, c.log.last, c.lsn, c.electionDeadline, c.promisedUntil, c.longestPromise}
+	return coreSnapshot{c.currentTerm, c.votedFor, c.role, c.commitIndex, c.log.start.Index, c.log.last, c.lsn, c.electionDeadline, c.promisedUntil}
 }
 
 // checkStep returns what must never be false of one transition.
@@ -37,8 +36,8 @@ func (c *core) checkStep(before coreSnapshot) error {
 		return invariantError("leader of term %d leads term %d without an election", before.term, c.currentTerm)
 	case before.role == Dead && c.role != Dead:
 		return invariantError("a dead node became %s", c.role)
-	case c.promisedUntil.Before(before.promised) || c.longestPromise < before.longest:
-		return invariantError("a promise was cut short from %v to %v, the longest from %v to %v", before.promised, c.promisedUntil, before.longest, c.longestPromise)
+	case c.promisedUntil.Before(before.promised):
+		return invariantError("a promise was cut short from %v to %v", before.promised, c.promisedUntil)
 	case c.lsn < before.lsn:
 		return invariantError("position went back from %d to %d", before.lsn, c.lsn)
 	}
@@ -65,6 +64,8 @@ func (c *core) checkState() error {
 		return invariantError("leader follows %d", c.leader)
 	case c.role == Candidate && c.votedFor != c.self:
 		return invariantError("candidate of term %d voted for %d", c.currentTerm, c.votedFor)
+	case c.promisedUntil.Sub(c.now) > c.savedPromise:
+		return invariantError("a promise goes on for %v, saved is %v", c.promisedUntil.Sub(c.now), c.savedPromise)
 	case c.lastTermInLog() > c.currentTerm:
 		return invariantError("log has term %d, current is %d", c.lastTermInLog(), c.currentTerm)
 	}

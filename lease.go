@@ -13,17 +13,24 @@ import "time"
 // is no use to anybody else for so long, also after a restart.
 const maxLeasePromise = time.Minute
 
-// promise makes the promise that a heartbeat of the current term asks for. The
-// reply that tells of it waits until the longest promise ever made is durable.
+// promise makes the promise that a heartbeat of the current term asks for, if it
+// asks for one. The reply that tells of it waits until its length is durable.
+//
+// One that ends before an earlier one changes nothing. Any other covers all that
+// were made before, so its length is enough after a restart, and may be shorter
+// than what was saved: whenever that is written, what is on disk reaches as far
+// as every promise that anybody was told of.
 func (c *core) promise(a *appendArgs) bool {
+	if until := c.now.Add(a.Lease); a.Heartbeat && !until.Before(c.promisedUntil) {
+		c.savedPromise = a.Lease
+		if a.Lease > 0 {
+			c.promisedUntil = until
+		}
+	}
 	if a.Lease == 0 {
 		return false
 	}
 	c.promisedTo = a.Leader
-	if until := c.now.Add(a.Lease); until.After(c.promisedUntil) {
-		c.promisedUntil = until
-	}
-	c.longestPromise = max(c.longestPromise, a.Lease)
 	return true
 }
 

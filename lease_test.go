@@ -412,26 +412,32 @@ func TestPromiseOutlivesTheLeadersConnections(t *testing.T) {
 	}
 }
 
-// The first reply that says so waits until the promise is durable, later ones
-// only if they exceed it; after a restart it is kept in full, once.
+// The first reply that says so waits until the promise is durable, later ones only
+// if its length changes; after a restart it is kept in full, once. A shorter one is
+// saved when a longer one has no more left than it, and none when none goes on.
 func TestPromiseIsDurableFirst(t *testing.T) {
 	c := testCore(t, 1, 3)
 	c.onAppendRequest(&appendArgs{Term: 1, Leader: 2, Prev: EntryID{1, 0}, Heartbeat: true}, nil)
 	persist(t, c)
 	for _, v := range []struct {
-		lease time.Duration
-		saved time.Duration // zero: nothing
-	}{{0, 0}, {100, 100}, {100, 0}, {50, 0}, {0, 0}, {101, 101}, {101, 0}} {
+		at, lease time.Duration
+		saved     time.Duration // -1: nothing
+	}{
+		{0, 0, -1}, {0, 100, 100}, {0, 100, -1}, {0, 50, -1}, {0, 0, -1}, {0, 101, 101}, {0, 101, -1},
+		{50, 50, -1}, {51, 50, 50}, {60, 50, -1}, {100, 0, -1}, {108, 1, -1}, {109, 1, 1}, {109, 2, 2}, {110, 0, -1}, {111, 0, 0}, {112, 0, -1}, {112, 9, 9},
+	} {
+		c.now = simEpoch.Add(v.at)
 		c.onAppendRequest(&appendArgs{Term: 1, Leader: 2, Prev: EntryID{1, 0}, Heartbeat: true, Lease: v.lease}, nil)
+		c.onAppendRequest(&appendArgs{Term: 1, Leader: 2, Prev: EntryID{1, 0}}, nil) // asks for nothing, and says nothing about it
 		out := c.finish()
-		if v.saved == 0 {
+		if v.saved < 0 {
 			if out.save != nil || out.msgs[0].needs > c.durableLSN {
-				t.Errorf("a promise of %d ns is written once more", v.lease)
+				t.Errorf("after %d ns a promise of %d ns is written once more", v.at, v.lease)
 			}
 			continue
 		}
 		if out.save == nil || out.save.HardState == nil || out.save.HardState.LeasePromise != v.saved || out.msgs[0].needs < out.save.LSN {
-			t.Errorf("a promise of %d ns leaves before it is durable: %+v", v.lease, out.save)
+			t.Errorf("after %d ns a promise of %d ns leaves before it is durable: %+v", v.at, v.lease, out.save)
 		}
 		c.persisted(c.lsn, 0)
 	}

@@ -367,8 +367,8 @@ func (b *ledger) leaves(s *sim, n *simNode, m *message) {
 		if m.appendReply.Success && !a.Heartbeat {
 			b.acknowledges(s, n, a)
 		}
-		if m.appendReply.Promised && d.hard.LeasePromise < a.Lease {
-			s.fail("22 node %d promises %v, its disk has %v", n.i, a.Lease, d.hard.LeasePromise)
+		if m.appendReply.Promised {
+			s.promises(n, m.token.(*simCall))
 		}
 	}
 	if d.hard.Term < term {

@@ -11,7 +11,8 @@ import (
 // read by them. There clocks differ in rate by as much as the leases allow and do
 // not jump, machines sleep, and whoever campaigns at once does it because its
 // leader said so. While a leader believes in a lease nobody leads a later term
-// (invariant 22), and what is read by it is the newest (21).
+// (invariant 22), and what is read by it is the newest (21). Every promise that a
+// leader was told of is kept to its end, however often the server starts (23).
 
 // drawLeases has dice of its own, so that the other seeds stay what they are.
 func (s *sim) drawLeases() {
@@ -27,6 +28,7 @@ func (w *simSwarm) setLeases(seed uint64) {
 	w.lease = time.Duration(float64(w.timeout) * (0.4 + 1.1*dice.Float64()))
 	w.driftPercent = []int{1, 5, 20, 50}[dice.IntN(4)]
 	w.clockSpread = float64(w.driftPercent) / 100
+	w.leasesChange = dice.IntN(2) == 0
 }
 
 // drawRate draws a rate of a clock, often one of the extremes.
@@ -61,9 +63,8 @@ func (s *sim) wake(n *simNode) {
 
 func (s *sim) accountSleep(n *simNode) {
 	if n.asleep {
-		d := s.sleepUnderWay(n)
-		n.sleptFor += d
-		n.clockBase -= d
+		n.sleptFor += s.sleepUnderWay(n)
+		n.clockBase, n.clockAt = s.localNow(n).Sub(simEpoch), s.now
 		n.sleepsSince = s.now
 	}
 }
@@ -79,6 +80,35 @@ func (s *sim) sleepUnderWay(n *simNode) time.Duration {
 func (s *sim) setTime(n *simNode) {
 	d := n.sleptFor + s.sleepUnderWay(n)
 	n.core.now, n.core.slept = s.localNow(n), sleep{d, d}
+}
+
+// promises takes note of a promise that a reply tells of.
+func (s *sim) promises(n *simNode, call *simCall) {
+	if end := call.heard.Add(call.append.Lease); end.After(n.promised) {
+		n.promised = end
+	}
+	s.keepsPromises(n, n.disk.hard.LeasePromise)
+}
+
+// keepsPromises checks that a node that starts now, with the given length on its
+// disk, keeps what it has promised. It may have been saved as a shorter one since
+// (23).
+func (s *sim) keepsPromises(n *simNode, saved time.Duration) {
+	if left := n.promised.Sub(s.localNow(n)); left > saved {
+		s.fail("23 node %d has promised for %v more, its disk has %v", n.i, left, saved)
+	}
+	if s.swarm.lease > 0 && saved < n.seenSaved {
+		s.reads.shortened++
+	}
+	n.seenSaved = saved
+}
+
+// changeLease gives a node that starts another length of leases, in some seeds.
+func (s *sim) changeLease(n *simNode) {
+	if l := &n.limits; l.leasePromise > 0 && s.swarm.leasesChange && s.chance(0.5) {
+		l.leasePromise = time.Duration(float64(s.swarm.lease) * (0.1 + 0.9*s.rng.Float64()))
+		l.lease = leaseWithin(l.leasePromise, s.swarm.driftPercent)
+	}
 }
 
 // checkLeases: nobody leads a later term than one whose leader believes in a
@@ -166,7 +196,7 @@ func TestSimLeases(t *testing.T) {
 	}
 	var got simReads
 	missing := func() bool {
-		return got.byLease == 0 || got.allowed == got.byLease || got.withheld == 0 || got.sleeps == 0 || got.refused == 0
+		return got.byLease == 0 || got.allowed == got.byLease || got.withheld == 0 || got.sleeps == 0 || got.shortened == 0 || got.refused == 0
 	}
 	runSeeds(t, seedsFrom(1, plan, untilSeen(30, missing)), func(_ uint64, res simResult) { got.add(res.reads) })
 	t.Logf("%+v", got)

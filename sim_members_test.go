@@ -337,6 +337,7 @@ func (s *sim) newDisk(n *simNode) {
 	s.members.wiped++
 	s.crash(n)
 	n.disks++
+	n.promised = time.Time{}
 	n.disk, n.maxTermSent, n.led, n.snaps = newSimDisk(Entries{}), 0, nil, nodeSnapshots{}
 	if n.wal != nil {
 		n.wal = newSimWAL(s, n)

@@ -33,6 +33,7 @@ type simCall struct {
 	transfer *simTransfer // of a snapshot
 	batch    *simBatch    // of a forward
 	settled  bool         // an append was answered or failed
+	heard    time.Time    // when it came first, by the receiver's clock
 }
 
 // simMsg is a request or a reply under way.

@@ -47,6 +47,8 @@ type simNode struct {
 	asleep      bool // the machine is suspended: its clock stands still
 	sleepsSince time.Duration
 	sleptFor    time.Duration // by its own clock
+	promised    time.Time     // by its own clock, the end of what it has promised and told of
+	seenSaved   time.Duration // length of a promise on its disk when that was last looked at
 
 	before      coreSnapshot
 	truncations uint64
@@ -120,10 +122,12 @@ func (s *sim) boot(n *simNode) {
 	s.wake(n)
 	n.seenDurable = rec.Last
 	dice := rand.New(rand.NewPCG(s.rng.Uint64(), s.rng.Uint64()))
+	s.changeLease(n)
 	n.core = newCore(rec.ownNumber(n.name, simDirectory(n.i, n.disks)), n.limits, rec, conf, dice, s.localNow(n))
 	n.core.name, n.core.directory = n.name, simDirectory(n.i, n.disks)
+	s.keepsPromises(n, rec.HardState.LeasePromise)
 	s.book.started(s, n)
-	if n.core.longestPromise > 0 {
+	if n.core.savedPromise > 0 {
 		s.reads.withheld++
 	}
 	s.note(n.i, "starts with term %d vote %d log %v..%d snapshot %v", rec.HardState.Term, rec.HardState.VotedFor, rec.Start, rec.Last, n.snaps.newest.Last)
@@ -327,7 +331,11 @@ func (s *sim) onRequest(n *simNode, call *simCall) {
 		s.end(n)
 	case callAppend, callHeartbeat:
 		n.claim(call.append)
-		s.begin(n).onAppendRequest(call.append, call)
+		c := s.begin(n)
+		if call.heard.IsZero() {
+			call.heard = c.now
+		}
+		c.onAppendRequest(call.append, call)
 		s.end(n)
 	case callForward:
 		s.onForwarded(n, call)

@@ -9,6 +9,7 @@ type simReads struct {
 	byLease                 int // of those allowed, at once and by a leader that has followers
 	withheld                int // starts after which a promise is kept
 	sleeps                  int // of machines
+	shortened               int // a shorter promise is on disk than before
 }
 
 func (r *simReads) add(o simReads) {
@@ -18,6 +19,7 @@ func (r *simReads) add(o simReads) {
 	r.byLease += o.byLease
 	r.withheld += o.withheld
 	r.sleeps += o.sleeps
+	r.shortened += o.shortened
 }
 
 // simReadToken says when a read began, and on which run of a node.

@@ -117,6 +117,7 @@ type simSwarm struct {
 	sessionTimeout time.Duration
 	losses         int           // how many voters may lose their disk; always a minority
 	lease          time.Duration // that leaders ask for; zero: there are none
+	leasesChange   bool          // nodes that start may ask for shorter ones
 	driftPercent   int           // that leases allow for
 	clockSpread    float64       // by how much rates of clocks do differ, where there are leases
 }
