@@ -69,7 +69,7 @@ func (c *core) outOfSpace() bool {
 		return c.lacksRoom
 	case c.transfer.to != 0:
 		return false // they wait for whoever takes over
-	case c.full != nil:
+	case c.full != nil && !c.seeksSuccessor():
 		return true
 	}
 	full := false
@@ -87,6 +87,13 @@ func (c *core) outOfSpace() bool {
 	}
 	c.spaceScratch = s
 	return !c.configuration.quorum(s)
+}
+
+// seeksSuccessor tells whether this leader was elected with a full disk (needed),
+// and will find out by its first commit who can take over, or by the answers that
+// nobody can. Proposals wait for that.
+func (c *core) seeksSuccessor() bool {
+	return c.full != nil && c.commitIndex < c.firstOfTerm && c.bestSuccessor() != 0
 }
 
 // yield gives leadership up if this server should not lead and another one can

@@ -428,8 +428,17 @@ func TestUnfitServerLeadsForAnother(t *testing.T) {
 			_ = w.write(h, dead)
 		}
 		h.CrashPeer(dead)
+		var waiting sync.WaitGroup
+		for _, i := range []int{full, behind} {
+			waiting.Go(func() {
+				if _, err := h.Server(i).Propose(t.Context(), []byte("waits")); err != nil {
+					t.Errorf("a proposal that waits at server %d for who takes over: %v", i, err)
+				}
+			})
+		}
 		h.ReconnectPeer(behind)
 		must(t, h, "the server that was behind leads", func() bool { return h.Server(behind).Status().Role == Leader })
+		waiting.Wait()
 		committedOn(h, 2, 1)
 		if got := h.Server(full).Status(); got.Role == Leader || !got.DiskFull {
 			t.Errorf("the full server is %v, full: %v", got.Role, got.DiskFull)
@@ -440,6 +449,31 @@ func TestUnfitServerLeadsForAnother(t *testing.T) {
 		h.CheckCommittedN(bulky(w.next-1), 3)
 		w.check(t, h)
 	})
+}
+
+// A leader that was elected with a full disk hands leadership over as soon as its
+// first entry is committed, not at its next heartbeat. Proposals wait until then
+// and are not refused, unless nobody else has space either.
+func TestNeededLeaderYieldsAtOnce(t *testing.T) {
+	for _, othersFull := range []bool{false, true} {
+		c := testCore(t, 1, 3)
+		c.diskSpace(ErrDiskFull)
+		c.heldUp = true
+		sent := elect(t, c)
+		if c.outOfSpace() || c.hasRoom() || c.takesFrom(2) {
+			t.Error("proposals do not wait for who takes over")
+		}
+		for _, to := range []memberID{2, 3} {
+			a := &appendArgs{Term: c.currentTerm, Heartbeat: true}
+			if !othersFull {
+				a = appendsTo(to, sent)[0]
+			}
+			c.onAppendReply(to, a, &appendReply{Term: c.currentTerm, Success: true, Full: othersFull})
+		}
+		if c.finish(); c.outOfSpace() != othersFull || (c.transfer.to == 0) != othersFull {
+			t.Errorf("others are full: %v; it hands over to %d, refuses proposals: %v", othersFull, c.transfer.to, c.outOfSpace())
+		}
+	}
 }
 
 // The state machine of a leader fails at an entry that only it and a dead server

@@ -60,7 +60,9 @@ func (c *core) hasRoom() bool {
 
 // appendsProposals tells whether a leader appends any, or they wait for whoever
 // takes over.
-func (c *core) appendsProposals() bool { return c.transfer.to == 0 && !c.applyFailed }
+func (c *core) appendsProposals() bool {
+	return c.transfer.to == 0 && !c.applyFailed && !c.seeksSuccessor()
+}
 
 // takesFrom tells whether a leader takes proposals that a follower forwards: if
 // it has room, and otherwise one batch at a time, so that no flood, of the
@@ -411,7 +413,7 @@ func (c *core) onForward(from memberID, i Index) {
 // advanceCommit moves commitIndex to what a majority has durably, provided the
 // entry there is of the current term: §5.4.2, Figure 8.
 func (c *core) advanceCommit() {
-	n := c.quorumMatch()
+	n, first := c.quorumMatch(), c.commitIndex < c.firstOfTerm
 	if n <= c.commitIndex {
 		return
 	}
@@ -419,6 +421,9 @@ func (c *core) advanceCommit() {
 		return
 	}
 	c.commitIndex = n
+	if first {
+		c.yield() // who leads only because it was needed
+	}
 }
 
 func (c *core) progressOf(id memberID) *progress {
