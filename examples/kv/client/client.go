@@ -38,8 +38,8 @@ var (
 	// can't be sent again. It comes together with ErrOutcomeUnknown. The next
 	// write opens another session.
 	ErrSessionExpired = errors.New("kv: the session has ended")
-	// ErrHistoryGone: no node has the changes from there on any more. List the
-	// keys, and watch on from the index that List returns.
+	// ErrHistoryGone: no node that answers has the changes from there on any more.
+	// List the keys, and watch on from the index that List returns.
 	ErrHistoryGone = errors.New("kv: the changes asked for are in no node's history any more: list the keys and watch on from the index of the list")
 	// ErrClosed: Close was called before.
 	ErrClosed = errors.New("kv: the client is closed")

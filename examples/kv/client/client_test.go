@@ -435,3 +435,44 @@ func TestWatchAsksAllAgain(t *testing.T) {
 		t.Errorf("saw %d, want 4 and 5", seen)
 	}
 }
+
+// One node has what the others have no more, and can't be reached for a while. How
+// often the others are asked meanwhile does not matter, and they are asked once.
+// Only a node that stays away is waited for no longer.
+func TestWatchWaitsForTheLastNode(t *testing.T) {
+	for _, v := range []struct {
+		name  string
+		fails int // attempts at the node that has the history
+		want  error
+	}{{"it comes back", 4, nil}, {"it stays away", 1000, ErrHistoryGone}} {
+		synctest.Test(t, func(t *testing.T) {
+			asked := map[string]int{}
+			n := &node{}
+			c := newTestClient(t, roundTrip(func(r *http.Request) (*http.Response, error) {
+				asked[r.URL.Host]++
+				n.handle = func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusGone) }
+				if r.URL.Host == "full:1" {
+					n.handle = func(w http.ResponseWriter, _ *http.Request) {
+						if w.WriteHeader(hangUp); asked["full:1"] > v.fails {
+							w.(*httptest.ResponseRecorder).Code = http.StatusOK
+							fmt.Fprint(w, "id: 4\ndata: {\"index\":4,\"key\":\"k\",\"value\":\"v\"}\n\n")
+						}
+					}
+				}
+				return n.RoundTrip(r)
+			}), "short:1", "shorter:1", "full:1")
+			began := time.Now()
+			for change, err := range c.Watch(t.Context(), "", 3) {
+				if !errors.Is(err, v.want) || err == nil && change.Index != 4 {
+					t.Errorf("%s: %+v, %v", v.name, change, err)
+				}
+				if err == nil {
+					break
+				}
+			}
+			if asked["short:1"] != 1 || asked["shorter:1"] != 1 || time.Since(began) > 5*time.Second {
+				t.Errorf("%s: after %v these were asked: %v", v.name, time.Since(began), asked)
+			}
+		})
+	}
+}

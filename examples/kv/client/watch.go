@@ -80,15 +80,21 @@ var errFallenBehind = errors.New("the watch was too slow or asks for too old cha
 // Watch returns the changes of keys that begin with prefix after index, in the
 // order of the log, each once and none left out, until ctx ends or the loop is
 // left. When a node fails it goes on with another. The last step of the loop has
-// the error: ctx's, ErrHistoryGone, or a *StatusError.
+// the error: ctx's, ErrHistoryGone, or a *StatusError. History is gone when each
+// node has said so, or some have and the others have failed for a second or more.
 func (c *Client) Watch(ctx context.Context, prefix string, after uint64) iter.Seq2[Change, error] {
 	return func(yield func(Change, error) bool) {
-		position, gone, pause := after, 0, firstPause
+		position, pause := after, firstPause
+		gone := map[int]bool{} // nodes whose history begins after position: it won't reach back again
 		for node := int(c.node.Load() % uint32(len(c.addrs))); ; node = (node + 1) % len(c.addrs) {
+			if gone[node] {
+				continue
+			}
 			was := position
 			stopped, err := c.watchNode(ctx, c.addrs[node], prefix, &position, yield)
 			if position != was {
-				gone, pause = 0, firstPause
+				clear(gone)
+				pause = firstPause
 			}
 			var status *StatusError
 			switch {
@@ -98,11 +104,14 @@ func (c *Client) Watch(ctx context.Context, prefix string, after uint64) iter.Se
 				err = ctx.Err()
 			case errors.Is(err, errFallenBehind):
 				// Nodes that have not been restarted may have more.
-				if gone++; gone < len(c.addrs) {
+				gone[node], pause = true, firstPause
+				if len(gone) < len(c.addrs) {
 					continue
 				}
 				err = fmt.Errorf("%w: %w", ErrHistoryGone, err)
 			case errors.As(err, &status) && status.Code < 500:
+			case len(gone) > 0 && pause == maxPause:
+				err = fmt.Errorf("%w; the others were asked in vain: %w", ErrHistoryGone, err)
 			default:
 				err = wait(ctx, pause)
 				pause = min(2*pause, maxPause)
