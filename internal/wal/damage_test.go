@@ -229,6 +229,52 @@ func TestMissingSegment(t *testing.T) {
 	}
 }
 
+// TestMissingRecoveredSegment: nor may the segment go into which the last batch
+// was copied, which nothing proved, and all that was written after it. It is at
+// the end of the log, and the one before it has been used to its middle only.
+func TestMissingRecoveredSegment(t *testing.T) {
+	for batches := 1; batches <= 20; batches++ {
+		m := &model{o: testOptions(newMem(1), 1)}
+		m.o.MinSegmentBytes, m.o.MaxSegmentBytes = 12*blockSize, 12*blockSize // no next one is prepared yet
+		l, _ := mustOpen(t, m.o)
+		for range batches {
+			m.append(l, 20)
+			if err := errors.Join(m.flush(l), l.Prepare()); err != nil {
+				t.Fatal(err)
+			}
+		}
+		fs := m.o.FS.(*vfs.Mem).CrashClone(none)
+		l, _, err := m.open(fs)
+		if err != nil {
+			t.Fatal(err)
+		}
+		recovered, old := l.cur.name, l.segs[len(l.segs)-2]
+		copied := old.off - 2*blockSize // before the final seal
+		m.append(l, 30)
+		if err := errors.Join(m.flush(l), l.Close()); err != nil {
+			t.Fatal(err)
+		}
+		for _, rotten := range []bool{false, true} {
+			c := fs.CrashClone(none)
+			if rotten { // and so has the batch that was copied
+				f, err := c.Open(m.o.Dir + "/" + old.name)
+				if err != nil {
+					t.Fatal(err)
+				}
+				if _, err := f.WriteAt([]byte{0xff}, copied+batchHeaderSize); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if err := c.Remove(m.o.Dir + "/" + recovered); err != nil {
+				t.Fatal(err)
+			}
+			if o, err := m.openDamaged(c, 1); o != refused {
+				t.Errorf("%d batches, rotten %v, %s missing: %s, %v", batches, rotten, recovered, outcomeNames[o], err)
+			}
+		}
+	}
+}
+
 // TestLost: a log that has held records and holds none is refused, whichever of
 // its files are gone, and nothing is changed or made. Without Begun it is a new
 // one.

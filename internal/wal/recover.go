@@ -479,7 +479,21 @@ func (l *Log) copyLast(r *recovery) error {
 	r.segs = append(r.segs[:r.end+1:r.end+1], seg)
 	l.cur = seg
 	l.carry.take(r.pending)
-	return nil
+	return l.handOn(old, r.link())
+}
+
+// handOn ends the segment from which the last batch was copied with a final seal.
+// Nothing counts there any more while the segment that took over is there; but if
+// that is lost, with all that will be written to it, the seal says so.
+func (l *Log) handOn(old *segment, last link) error {
+	if old.off+blockSize > old.header.size {
+		return nil // nothing that we wrote leaves no room for a seal
+	}
+	current := l.last
+	l.last = last
+	err := l.seal(old, flagSeal|flagFinal)
+	l.last = current
+	return err
 }
 
 // adoptSpares keeps files for recycling, and removes those that are too many
