@@ -262,6 +262,8 @@ func FuzzSnapshotBlock(f *testing.F) {
 	f.Add(meta.encode(nil))
 	f.Add(encodeBody(&snapshotArgs{Term: 3, Leader: 2, Meta: meta, Size: 10, Offset: 4, Data: []byte("abcdef")}))
 	f.Add(encodeBody(&snapshotArgs{Term: 3, Leader: 2, Meta: meta}))
+	meta.ConfigIndex = meta.Last.Index + 1 // the configuration of an entry that it does not include
+	f.Add(meta.encode(nil))
 	f.Fuzz(func(t *testing.T, in []byte) {
 		if m, err := decodeSnapshotMeta(in); err == nil {
 			if out := m.encode(nil); !bytes.Equal(out, in) {

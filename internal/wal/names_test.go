@@ -59,3 +59,34 @@ func TestNamesAreCertainBeforeWrites(t *testing.T) {
 		again.Close()
 	}
 }
+
+// A header says that the file was filled (rule 3 of writing), so it is written
+// only when all that filled it is durable: a power cut that lets the header
+// through and not the zeros would leave a segment whose space nobody has claimed.
+func TestHeaderComesAfterFilling(t *testing.T) {
+	for _, blocks := range []int{4, 64, 1 << 10, 1<<10 + 1} { // 4 MiB are synced on the way
+		fs := newMem(1)
+		o := testOptions(fs, 1)
+		o.MinSegmentBytes, o.MaxSegmentBytes = blocks*blockSize, blocks*blockSize
+		filled := map[string]int{} // bytes written and not synced, by file
+		headers := 0
+		fs.SetHook(func(op vfs.Op) error {
+			switch {
+			case op.Kind == vfs.OpWrite && op.Size == blockSize && op.Offset == 0:
+				if headers++; filled[op.Name] > 0 {
+					t.Errorf("%d blocks: the header of %s is written while %d bytes of zeros are not durable", blocks, op.Name, filled[op.Name])
+				}
+			case op.Kind == vfs.OpWrite:
+				filled[op.Name] += op.Size
+			case op.Kind == vfs.OpSync:
+				filled[op.Name] = 0
+			}
+			return nil
+		})
+		l, _ := mustOpen(t, o)
+		fs.SetHook(nil)
+		if l.Close(); headers == 0 {
+			t.Errorf("%d blocks: no header was written", blocks)
+		}
+	}
+}

@@ -48,8 +48,9 @@ func (l *Log) recover(ctx context.Context, replay func(LSN, Record) error) error
 		return err
 	}
 	// A process that was killed between renaming and syncing may have left a
-	// spare which a power cut would give its old name back, as a segment of the
-	// log. It must not be written to before its name is certain.
+	// segment which a power cut would take away, or a spare to which it would give
+	// its old name back, as a segment of the log. No file must be written to
+	// before its name is certain. What resume renames itself it also syncs.
 	if err := l.o.FS.SyncDir(l.o.Dir); err != nil {
 		return fmt.Errorf("wal: sync the log's directory: %w", err)
 	}
@@ -406,7 +407,7 @@ func (l *Log) resume(r *recovery) error {
 	}
 	l.carry.take(r.pending)
 	l.half = l.cur.off > l.cur.header.size/2
-	return l.o.FS.SyncDir(l.o.Dir) // a rename may have been seen and not synced
+	return nil
 }
 
 // renewSeal makes the seal durable with which the log ends, by writing the
