@@ -2,6 +2,7 @@ package raft
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"slices"
@@ -38,6 +39,8 @@ type testNode struct {
 	slow   bool           // the disk flushes only when told to
 	core   *core          // nil while down
 	box    outbox
+	tc     *testCluster
+	newest *SnapshotMeta // its newest snapshot, durable
 }
 
 // testMessage is a request or the reply to one.
@@ -45,6 +48,14 @@ type testMessage struct {
 	from, to memberID
 	req      message  // the request itself, or the one that is answered
 	reply    *message // nil for a request
+	snapshot *testSnapshot
+}
+
+// testSnapshot is a snapshot on its way to a follower, or the answer to it.
+type testSnapshot struct {
+	request snapshotRequest
+	args    snapshotArgs
+	done    snapshotReply
 }
 
 func newTestCluster(t *testing.T, names ...string) *testCluster {
@@ -53,7 +64,7 @@ func newTestCluster(t *testing.T, names ...string) *testCluster {
 		tc.conf.members = append(tc.conf.members, member{id: memberID(i + 1), name: NodeID(name)})
 	}
 	for i, name := range names {
-		n := &testNode{id: memberID(i + 1), name: name, seed: uint64(i + 1), limits: testCore(t, 1, 1).limits}
+		n := &testNode{id: memberID(i + 1), name: name, seed: uint64(i + 1), limits: testCore(t, 1, 1).limits, tc: tc}
 		n.limits.maxFrameBytes = 1 << 20
 		tc.nodes = append(tc.nodes, n)
 		tc.install(n, HardState{})
@@ -96,7 +107,12 @@ func (tc *testCluster) boot(n *testNode) {
 	}
 	n.box = outbox{}
 	n.core = newCore(n.id, n.limits, rec, conf, rand.New(rand.NewPCG(n.seed, 1)), tc.now)
-	tc.step(n, func(*core) {})
+	n.core.name = NodeID(n.name)
+	tc.step(n, func(c *core) {
+		if n.newest != nil {
+			c.restored(n.newest)
+		}
+	})
 }
 
 // crash ends a run: what was not flushed is lost, and so is every connection.
@@ -158,6 +174,13 @@ func (tc *testCluster) step(n *testNode, f func(*core)) {
 		tc.breakConnection(n.id, to)
 	}
 	tc.checkProperties(n)
+	for _, q := range out.snapshots {
+		m := &testMessage{from: n.id, to: q.to, snapshot: &testSnapshot{request: q, args: snapshotArgs{Term: c.currentTerm, Leader: c.self, Meta: *n.newest}}}
+		if !tc.isCut(m.from, m.to) {
+			tc.net = append(tc.net, m)
+		}
+		tc.say("%s", tc.describe(m))
+	}
 	for _, q := range out.reads {
 		e, err := n.disk.Read(q.lo, q.hi, q.maxBytes)
 		if err != nil {
@@ -204,7 +227,14 @@ func (tc *testCluster) deliver(m *testMessage) {
 		return
 	}
 	tc.step(n, func(c *core) {
-		switch {
+		switch s := m.snapshot; {
+		case s != nil && m.reply == nil:
+			tc.receive(n, c, m)
+		case s != nil && s.done.Done:
+			c.snapshotSent(s.request, s.args.Meta.Last, nil)
+		case s != nil:
+			c.stepDownFor(m.from, s.done.Term)
+			c.snapshotSent(s.request, EntryID{}, errors.New("refused"))
 		case m.reply == nil && m.req.vote != nil:
 			c.onVoteRequest(m.req.vote, m)
 		case m.reply == nil:
@@ -215,6 +245,38 @@ func (tc *testCluster) deliver(m *testMessage) {
 			c.onAppendReply(m.from, m.req.append, m.reply.appendReply)
 		}
 	})
+}
+
+// takeSnapshot stores a snapshot of what n has committed. The log goes with it.
+func (tc *testCluster) takeSnapshot(n *testNode) {
+	tc.step(n, func(c *core) {
+		t, _ := c.log.term(c.commitIndex)
+		meta := SnapshotMeta{Last: EntryID{c.commitIndex, t}, Time: simEpoch}
+		for _, e := range c.configs {
+			if e.index <= c.commitIndex {
+				meta.ConfigIndex, meta.Config = e.index, e.conf.encode()
+			}
+		}
+		if n.newest == nil || meta.Last.Index > n.newest.Last.Index {
+			n.newest = &meta
+			c.snapshotTaken(meta.Last, meta.Last.Index)
+		}
+	})
+}
+
+// receive takes a snapshot, all in one block, and answers.
+func (tc *testCluster) receive(n *testNode, c *core, m *testMessage) {
+	s := *m.snapshot
+	if c.onInstallSnapshot(&s.args, &s.done) {
+		if n.newest == nil || s.args.Meta.Last.Index > n.newest.Last.Index {
+			n.newest = &s.args.Meta
+		}
+		c.installSnapshot(&s.args.Meta)
+		s.done.Done = true
+	}
+	if !tc.isCut(m.to, m.from) {
+		tc.net = append(tc.net, &testMessage{from: m.to, to: m.from, reply: &message{}, snapshot: &s})
+	}
 }
 
 // between returns what is under way from one node to another, oldest first.
@@ -238,7 +300,7 @@ func (tc *testCluster) take(m *testMessage) *testMessage {
 func (tc *testCluster) forget(from, to memberID) {
 	tc.net = slices.DeleteFunc(tc.net, func(m *testMessage) bool {
 		a := m.req.append
-		return a != nil && !a.Heartbeat && (m.reply == nil && m.from == from && m.to == to || m.reply != nil && m.from == to && m.to == from)
+		return (m.snapshot != nil || a != nil && !a.Heartbeat) && (m.reply == nil && m.from == from && m.to == to || m.reply != nil && m.from == to && m.to == from)
 	})
 }
 
@@ -250,6 +312,11 @@ func (tc *testCluster) breakConnection(from, to memberID) {
 	p := c.progressOf(to)
 	if p == nil {
 		return
+	}
+	if p.state == snapshotting {
+		tc.step(tc.nodes[from-1], func(c *core) {
+			c.snapshotSent(snapshotRequest{to, c.currentTerm}, EntryID{}, errors.New("broken"))
+		})
 	}
 	for _, a := range slices.Clone(p.inflight) {
 		tc.step(tc.nodes[from-1], func(c *core) { c.onAppendFailed(to, &appendArgs{Term: c.currentTerm, Seq: a.seq}) })
@@ -341,9 +408,14 @@ func (tc *testCluster) leader() (best *testNode) {
 	return best
 }
 
-// terms returns the terms of n's log, from entry 1 on.
+// terms returns the terms of n's log, from entry 1 on; those that a snapshot has
+// replaced as they were committed.
 func (n *testNode) terms() (out []Term) {
-	for i := Index(1); i <= n.core.log.last; i++ {
+	start := n.core.log.start.Index
+	if start > 1 {
+		out = append(out, n.tc.committed[:start-1]...)
+	}
+	for i := max(start, 1); i <= n.core.log.last; i++ {
 		t, _ := n.core.log.term(i)
 		out = append(out, t)
 	}
@@ -395,6 +467,8 @@ func (tc *testCluster) describe(m *testMessage) string {
 	}
 	var what string
 	switch v, a := m.req.vote, m.req.append; {
+	case m.snapshot != nil:
+		what = fmt.Sprintf("InstallSnapshot up to %v", m.snapshot.args.Meta.Last)
 	case m.reply == nil && v != nil:
 		what = fmt.Sprintf("RequestVote term %d, last entry %v", v.Term, v.Last)
 		if v.PreVote {

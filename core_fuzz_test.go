@@ -1,13 +1,14 @@
 package raft
 
 import (
+	"slices"
 	"testing"
 	"time"
 )
 
 // FuzzCore makes a few cores do what the input says, one event at a time:
 // messages arrive, late, twice, in another order or never; timers fire, disks
-// flush, nodes crash. After every event the properties of Figure 3 and those
+// flush, nodes crash, take snapshots, become learners and voters again. After every event the properties of Figure 3 and those
 // of invariants.go are checked. Nothing else decides anything, so an input
 // always gives the same run. With the highest bit of the first byte the faults
 // end at last, and a leader must be elected and bring everybody up to date.
@@ -67,8 +68,10 @@ const (
 	fuzzMend  // all ways are open again
 	fuzzBreak // an append connection
 	fuzzCampaign
-	fuzzWait   // time passes for everybody
-	fuzzEvents // how many there are
+	fuzzWait     // time passes for everybody
+	fuzzSnapshot // a node takes one, and its log goes
+	fuzzMembers  // a leader makes learners of one or two voters, voters of learners
+	fuzzEvents   // how many there are
 )
 
 // event performs one event: op says which, arg with whom. What makes no sense
@@ -104,25 +107,65 @@ func (fc *fuzzedCluster) event(op, arg byte) {
 		fc.crash(n)
 	case op == fuzzBreak && n != peer:
 		fc.breakConnection(n.id, peer.id)
-	case op == fuzzCampaign && n.core.role == Follower:
+	case op == fuzzSnapshot:
+		fc.takeSnapshot(n)
+	case op == fuzzMembers:
+		if l := fc.leader(); l != nil {
+			fc.change(l, n, peer)
+		}
+	case op == fuzzCampaign && n.core.role == Follower && n.core.configuration.voter(n.id):
 		fc.step(n, func(c *core) { c.becomeCandidate(ReasonTransfer) })
 	}
 }
 
-// checkCommitted checks that what was committed by the last event is durable on
-// a majority; nodes that are down count, because nobody can look.
-func (fc *fuzzedCluster) checkCommitted() {
-	for ; fc.checked < len(fc.committed); fc.checked++ {
-		i, have := Index(fc.checked+1), 0
-		for _, n := range fc.nodes {
-			if n.core == nil {
-				have++
-			} else if t, _ := n.core.log.term(i); i <= n.core.durableIndex && t == fc.committed[fc.checked] {
-				have++
+// change makes learners of voters and voters of learners.
+func (fc *fuzzedCluster) change(leader *testNode, members ...*testNode) {
+	fc.step(leader, func(c *core) {
+		_, _ = c.changeMembers(func(list []Member) ([]Member, error) { // it may be refused
+			for i := range list {
+				if slices.ContainsFunc(members, func(n *testNode) bool { return string(list[i].ID) == n.name }) {
+					list[i].Learner = !list[i].Learner
+				}
+			}
+			return list, nil
+		})
+	})
+}
+
+// decides tells whether the nodes for which yes holds are a majority of the
+// voters as they are, and, if conf is joint, of those as they will be.
+func (fc *fuzzedCluster) decides(conf *configuration, yes func(n *testNode) bool) bool {
+	var voters, have [2]int
+	for _, m := range conf.members {
+		votes := [2]bool{!m.learner, m.next == becomesVoter || m.next == staysAsIs && !m.learner}
+		for i := range votes {
+			if votes[i] {
+				if voters[i]++; yes(fc.nodes[m.id-1]) {
+					have[i]++
+				}
 			}
 		}
-		if have <= len(fc.nodes)/2 {
-			fc.t.Fatalf("entry %d is committed and durable on %d nodes:\n%s", i, have, fc.table(fc.nodes))
+	}
+	return 2*have[0] > voters[0] && (!conf.joint || 2*have[1] > voters[1])
+}
+
+// checkCommitted checks that what was committed by the last event is durable on
+// a quorum, by a configuration that somebody uses who knows of it; nodes that are
+// down count, because nobody can look.
+func (fc *fuzzedCluster) checkCommitted() {
+	for ; fc.checked < len(fc.committed); fc.checked++ {
+		i := Index(fc.checked + 1)
+		has := func(n *testNode) bool {
+			if n.core == nil || i <= n.core.log.start.Index {
+				return true
+			}
+			t, _ := n.core.log.term(i)
+			return i <= n.core.durableIndex && t == fc.committed[fc.checked]
+		}
+		if !slices.ContainsFunc(fc.nodes, func(n *testNode) bool {
+			return n.core != nil && n.core.commitIndex >= i && slices.ContainsFunc(n.core.configs, func(e configEntry) bool { return fc.decides(&e.conf, has) })
+		}) {
+			fc.t.Fatalf("entry %d is committed and not durable on a quorum:\n%s", i, fc.table(fc.nodes))
 		}
 	}
 }
