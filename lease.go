@@ -21,7 +21,7 @@ const maxLeasePromise = time.Minute
 // than what was saved: whenever that is written, what is on disk reaches as far
 // as every promise that anybody was told of.
 func (c *core) promise(a *appendArgs) bool {
-	if until := c.now.Add(a.Lease); a.Heartbeat && !until.Before(c.promisedUntil) {
+	if until := c.now.Add(a.Lease); (a.Heartbeat || a.Lease > 0) && !until.Before(c.promisedUntil) {
 		c.savedPromise = a.Lease
 		if a.Lease > 0 {
 			c.promisedUntil = until
