@@ -407,11 +407,7 @@ func TestNoSpaceInsideSegment(t *testing.T) {
 func TestDiskFullUnderLoad(t *testing.T) {
 	t.Parallel()
 	var gaps []time.Duration
-	seeds := uint64(20)
-	if raceEnabled {
-		seeds = 3 // the detector takes five times as long
-	}
-	for seed := range seeds {
+	for seed := range uint64(seedCount(20)) {
 		synctest.Test(t, func(t *testing.T) {
 			h := NewHarness(t, 3, WithSeed(seed+1))
 			defer h.Shutdown()

@@ -283,11 +283,7 @@ func TestSlowFollowerCostsNothing(t *testing.T) {
 func TestHungDiskUnderLoad(t *testing.T) {
 	t.Parallel()
 	var gaps, moves []time.Duration
-	seeds := uint64(20)
-	if raceEnabled {
-		seeds = 5 // the detector takes ten times as long
-	}
-	for seed := range seeds {
+	for seed := range uint64(seedCount(20)) {
 		synctest.Test(t, func(t *testing.T) {
 			h := NewHarness(t, 3, WithSeed(seed+1))
 			defer h.Shutdown()

@@ -723,8 +723,9 @@ func atLeast(n int) func(int) bool {
 	return func(had int) bool { return had < n || time.Since(began) < *simDuration }
 }
 
-// seedCount is n, and a quarter of it under the race detector: a seed runs on one
-// goroutine, where the detector sees nothing and takes ten times as long.
+// seedCount is n, and a quarter of it under the race detector, which takes up to
+// ten times as long, and sees nothing in the simulator, where a seed runs on one
+// goroutine.
 func seedCount(n int) int {
 	if raceEnabled {
 		return (n + 3) / 4
